@@ -1,0 +1,1 @@
+"""Shared mechanisms, named for what they do. No paper lives here."""

@@ -1,0 +1,1 @@
+"""What every experiment needs: argument checks, statistics, reports, accounting, training loops."""

@@ -1,0 +1,71 @@
+"""Argument checks: one line at the call, and an error that names the argument and the value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> None:
+    """Check that an argument is a finite number within bounds.
+
+    Args:
+        name: The argument's name, as the caller wrote it.
+        value: What was given.
+        above: Exclusive lower bound.
+        at_least: Inclusive lower bound.
+        below: Exclusive upper bound.
+        at_most: Inclusive upper bound.
+
+    Raises:
+        TypeError: ``value`` is not a number.
+        ValueError: ``value`` is NaN, infinite or out of bounds.
+    """
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    bounds = [
+        (above, "> {}", lambda bound: value > bound),
+        (at_least, "≥ {}", lambda bound: value >= bound),
+        (below, "< {}", lambda bound: value < bound),
+        (at_most, "≤ {}", lambda bound: value <= bound),
+    ]
+    asked = [words.format(bound) for bound, words, _ in bounds if bound is not None]
+    kept = all(holds(bound) for bound, _, holds in bounds if bound is not None)
+    if not (math.isfinite(value) and kept):
+        raise ValueError(f"{name} must be a finite number {' and '.join(asked)}".rstrip() + f", got {value!r}")
+
+
+def check_integer(name: str, value: Any, *, at_least: int | None = None, at_most: int | None = None) -> None:
+    """Check that an argument is an integer within bounds.
+
+    Raises:
+        TypeError: ``value`` is not an integer (a bool is not).
+        ValueError: ``value`` is out of bounds.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    check_number(name, value, at_least=at_least, at_most=at_most)
+
+
+def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
+    """Check that an argument is one of a few values.
+
+    Raises:
+        ValueError: It is not; the message lists them.
+    """
+    known = list(choices)
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")

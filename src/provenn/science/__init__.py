@@ -1,0 +1,5 @@
+"""Operators, PDEs, inverse problems, one module a paper."""
+
+from provenn.catalog.namespace import lazy_parts
+
+__getattr__, __dir__ = lazy_parts(__name__)
