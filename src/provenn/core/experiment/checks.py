@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,16 +37,16 @@ def check_number(
     """
     if not _is_number(value):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    bounds = [
-        (above, "> {}", lambda bound: value > bound),
-        (at_least, "≥ {}", lambda bound: value >= bound),
-        (below, "< {}", lambda bound: value < bound),
-        (at_most, "≤ {}", lambda bound: value <= bound),
-    ]
-    asked = [words.format(bound) for bound, words, _ in bounds if bound is not None]
-    kept = all(holds(bound) for bound, _, holds in bounds if bound is not None)
-    if not (math.isfinite(value) and kept):
-        raise ValueError(f"{name} must be a finite number {' and '.join(asked)}".rstrip() + f", got {value!r}")
+    asked = {
+        "> {}": (above, operator.gt),
+        "≥ {}": (at_least, operator.ge),
+        "< {}": (below, operator.lt),
+        "≤ {}": (at_most, operator.le),
+    }
+    bounds = [(words.format(bound), bound, holds) for words, (bound, holds) in asked.items() if bound is not None]
+    if not (math.isfinite(value) and all(holds(value, bound) for _, bound, holds in bounds)):
+        wanted = " and ".join(words for words, _, _ in bounds)
+        raise ValueError(f"{name} must be a finite number {wanted}".rstrip() + f", got {value!r}")
 
 
 def check_integer(name: str, value: Any, *, at_least: int | None = None, at_most: int | None = None) -> None:
