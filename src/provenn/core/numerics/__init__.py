@@ -1,0 +1,1 @@
+"""Linear algebra and kernels that several methods share."""
