@@ -1,0 +1,23 @@
+"""Data sets by name, as typed bundles of NumPy arrays; simulators are in ``toys``, corpora in ``language``.
+
+Loads no torch.
+"""
+
+from provenn.data.archives import CorruptDataError
+from provenn.data.bundles import Bundle, GraphBundle, ImageBundle, TableBundle, TextBundle
+from provenn.data.download import DataUnavailableError
+from provenn.data.loading import UnknownDataError, data_folder, load, names
+
+__all__ = [
+    "Bundle",
+    "CorruptDataError",
+    "DataUnavailableError",
+    "GraphBundle",
+    "ImageBundle",
+    "TableBundle",
+    "TextBundle",
+    "UnknownDataError",
+    "data_folder",
+    "load",
+    "names",
+]

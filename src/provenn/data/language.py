@@ -64,7 +64,7 @@ def character_corpus(text: str, validation: float = 0.1, test: float = 0.1) -> C
         raise ValueError(f"no text is left to train on: {len(text)} characters, {held_out} held out")
     empty = torch.zeros(0, dtype=torch.int64)
     corpus = CharacterCorpus(vocabulary, empty, empty, empty)
-    return CharacterCorpus(vocabulary, *corpus.encode(text).split([train, *held_out]))
+    return CharacterCorpus(vocabulary, *torch.split(corpus.encode(text), [train, *held_out]))
 
 
 def random_windows(

@@ -66,7 +66,7 @@ def noisy_digits(
     images = torch.from_numpy(pixels).to(torch.float32).reshape(-1, 1, 8, 8) / 16
     labels = torch.from_numpy(classes).to(torch.int64)
     order = stratified_permutation(labels, generator)
-    cuts = order.split([train, validation, DIGITS - train - validation])
+    cuts = torch.split(order, [train, validation, DIGITS - train - validation])
     parts = [cut[torch.randperm(len(cut), generator=generator)] for cut in cuts]
     (x_train, y_train), (x_validation, y_validation), (x_test, y_test) = (
         (images[part], labels[part]) for part in parts
