@@ -10,6 +10,7 @@ What other loops do by callbacks is here the body of a ``for``: log a point, eva
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -111,7 +112,7 @@ def train(
     first, step = _resume(checkpoint, stateful)
     for index in range(first, epochs):
         model.train()
-        total, seen = 0.0, 0
+        total, seen = torch.zeros(()), 0
         for group in _groups(batches(index), accumulate):
             if update is None:
                 value = _gradient_step(model, optimizer, group, loss, autocast)
@@ -121,9 +122,9 @@ def train(
                 scheduler.step()
             step += 1
             size = sum(len(batch[0]) for batch in group)
-            total, seen = total + value * size, seen + size
-        mean = float(total) / max(seen, 1)
-        if not torch.isfinite(torch.tensor(mean)):
+            total, seen = total.to(value.device) + value * size, seen + size
+        mean = total.item() / max(seen, 1)
+        if not math.isfinite(mean):
             raise FloatingPointError(f"the training loss is {mean} in epoch {index} (step {step})")
         if checkpoint is not None:
             _save(Path(checkpoint), stateful, index + 1, step)
