@@ -1,0 +1,1 @@
+"""Claims of the papers on 3-D scenes and meshes."""
