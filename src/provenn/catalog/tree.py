@@ -1,0 +1,69 @@
+"""What is in the tree, read from the source without importing it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+
+from provenn.catalog.card import Card
+
+PACKAGE = Path(__file__).parent.parent
+
+
+def module_path(dotted: str) -> Path | None:
+    """Return the file of a module or package of provenn; ``None`` if it is not in the tree."""
+    place = PACKAGE.joinpath(*dotted.split(".")[1:])
+    return next((file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()), None)
+
+
+@cache
+def public_names(dotted: str) -> frozenset[str]:
+    """Return the names a module offers: those of its ``__all__`` that it binds, else what it defines itself.
+
+    Without ``__all__``, names that begin with an underscore and names that are imported are not offered. A module
+    that is not in the tree, or is not Python, offers nothing.
+    """
+    path = module_path(dotted)
+    if path is None:
+        return frozenset()
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+    except (SyntaxError, ValueError):
+        return frozenset()
+    defined, imported, listed = set[str](), set[str](), None
+    for statement in _top_level(body):
+        match statement:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                defined.add(name)
+            case ast.Assign(targets=[ast.Name(id="__all__")], value=value):
+                listed = set(ast.literal_eval(value))
+            case ast.Assign(targets=targets):
+                defined.update(node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name))
+            case ast.AnnAssign(target=ast.Name(id=name), value=value) if value is not None:
+                defined.add(name)
+            case ast.Import(names=names) | ast.ImportFrom(names=names):
+                imported.update(alias.asname or alias.name for alias in names)
+    if listed is None:
+        return frozenset(name for name in defined if not name.startswith("_"))
+    return frozenset(listed & (defined | imported))
+
+
+def _top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    for statement in body:
+        yield statement
+        for block in ("body", "orelse", "handlers", "finalbody"):
+            if isinstance(statement, ast.If | ast.Try | ast.ExceptHandler):
+                yield from _top_level(getattr(statement, block, []))
+
+
+def holds(card: Card, name: str) -> bool:
+    """Whether the paper's module holds the part of this public name, and its namespace can be imported."""
+    namespace, _, attribute = name.rpartition(".")
+    return attribute in public_names(card.module) and module_path(namespace) is not None
+
+
+def built(card: Card) -> bool:
+    """Whether every part of the card and its claim are in the tree."""
+    return all(holds(card, part.name) for part in card.parts) and "CLAIM" in public_names(card.claim_module)
