@@ -5,6 +5,7 @@ This is what every executor does with a cell, whether in this process, in a work
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -88,8 +89,8 @@ def run_cell(job: Job, tell: Callable[[Live], None]) -> Done | Failed:
     try:
         claim = load(job.reference)
         return _run(claim, job, tell)
-    except Exception:
-        return Failed(job.key, f"raised\n{_tail(traceback.format_exc())}")
+    except Exception as error:
+        return Failed(job.key, f"raised {type(error).__name__}: {error}\n{tail(traceback.format_exc())}")
 
 
 @cache
@@ -144,7 +145,8 @@ def _fault(job: Job, metrics: dict[str, float]) -> str:
     return ""
 
 
-def _tail(text: str, lines: int = 12) -> str:
+def tail(text: str, lines: int = 12) -> str:
+    """Return the last lines of what a worker said."""
     return "\n".join(text.strip().splitlines()[-lines:])
 
 
@@ -155,16 +157,14 @@ def _seed(trial: Trial) -> None:
     digest = hashlib.sha256(f"{trial.study}\0{trial.seed}".encode()).digest()
     seed = int.from_bytes(digest[:8], "big")
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - whatever a claim leaves to numpy's global generator
     torch.manual_seed(seed % 2**63)
 
 
 def _reset_peaks(device: str) -> None:
     """Begin new high-water marks of memory, where the system can (Linux; elsewhere the mark is the process's)."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
     if device.startswith("cuda"):
         import torch
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from provenn.claims.cells import Done, Failed, Job, Live
+from provenn.claims.cells import Failed, Job, Live
 from provenn.claims.claim import Claim, Evidence, Verdict
 from provenn.claims.errors import ClaimBrokenError
 from provenn.claims.ledger import CellKey, Ledger, Record, RunKey

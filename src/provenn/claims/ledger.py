@@ -197,7 +197,9 @@ class Ledger:
     @property
     def _is_plain_file(self) -> bool:
         database = self._url.database
-        return self._url.get_backend_name() == "sqlite" and bool(database) and not str(database).startswith(("file:", ":"))
+        return (
+            self._url.get_backend_name() == "sqlite" and bool(database) and not str(database).startswith(("file:", ":"))
+        )
 
     def _prepare(self) -> None:
         version = self._version()

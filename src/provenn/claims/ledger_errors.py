@@ -45,8 +45,8 @@ _ADVICE: dict[type[LedgerError], str] = {
     " folder, or set PROVENN_DB to another file",
     LedgerCorruptError: "the ledger {name} is damaged or is not a ledger. Nothing was deleted: move it away"
     " (mv '{name}' '{name}.damaged') to begin a new one, or restore it from a backup",
-    LedgerFullError: "the disk did not take a write to the ledger {name}: it is full, over its quota or failing; {kept}."
-    " Make room, and the same command continues",
+    LedgerFullError: "the disk did not take a write to the ledger {name}: it is full, over its quota or failing;"
+    " {kept}. Make room, and the same command continues",
     LedgerUnreachableError: "the ledger {name} does not answer; {kept}, and the same command continues once it does",
 }
 

@@ -34,7 +34,8 @@ class Plan:
         seeds: More seeds than the tier's, for exploration.
 
     Raises:
-        UsageError: The claim has no such tier or study, or ``seeds`` is below the tier's; the message lists what exists.
+        UsageError: The claim has no such tier or study, and the message lists what exists; or ``seeds`` is below the
+            tier's.
     """
 
     claim: Claim
@@ -159,7 +160,9 @@ class Plan:
                 names += [str(key) for key in self.seed_cells(study, arm, choice) if key not in finished]
             else:
                 waits = "every setting diverged in" if all(key in finished for key in tried) else "waiting for its"
-                names += [f"study {study}, arm {arm}, seed {seed} ({waits} tuning)" for seed in range(self._seeds(study))]
+                names += [
+                    f"study {study}, arm {arm}, seed {seed} ({waits} tuning)" for seed in range(self._seeds(study))
+                ]
         return names
 
 

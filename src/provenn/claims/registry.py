@@ -37,13 +37,16 @@ class Found:
     def fingerprint(self, device: str) -> str:
         """Return the digest of what decides a cell's figures; cells that differ in it never mix.
 
-        It covers the claim's files, the paper's module with its private siblings, torch's version and the device's type.
+        It covers the claim's files, the paper's module with its private siblings, torch's version and the type of
+        device.
         """
         digest = hashlib.sha256()
         for path in self.sources:
             digest.update(path.name.encode() + b"\0" + path.read_bytes().replace(b"\r\n", b"\n") + b"\0")
         paper = module_digest(self.card) if self.card is not None and self.card.built else ""
-        digest.update(f"paper {paper}\0torch {importlib.metadata.version('torch')}\0device {device.partition(':')[0]}".encode())
+        digest.update(
+            f"paper {paper}\0torch {importlib.metadata.version('torch')}\0device {device.partition(':')[0]}".encode()
+        )
         return digest.hexdigest()
 
 
@@ -75,7 +78,9 @@ def find(name: str) -> Found:
 def built() -> list[str]:
     """Return the slugs of the papers whose claims are built, without importing any."""
     folder = Path(__file__).parent
-    return [slug for slug, path in paths().items() if (folder / path.parent.name / f"{_module_name(slug)}.py").is_file()]
+    return [
+        slug for slug, path in paths().items() if (folder / path.parent.name / f"{_module_name(slug)}.py").is_file()
+    ]
 
 
 def _find_dotted(name: str) -> Found:
@@ -86,7 +91,9 @@ def _find_dotted(name: str) -> Found:
         raise UsageError(f"there is no module {path!r} to take a claim from")
     module = _import(path)
     attribute = attribute or "CLAIM"
-    return Found(_claim_of(module, attribute), f"{path}:{attribute}", None, _with_siblings(module, path.rpartition(".")[2]))
+    return Found(
+        _claim_of(module, attribute), f"{path}:{attribute}", None, _with_siblings(module, path.rpartition(".")[2])
+    )
 
 
 def _spec(path: str) -> object | None:

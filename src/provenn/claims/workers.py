@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
 
-from provenn.claims.cells import Done, Failed, Job, Live, Message, load, run_cell
+from provenn.claims.cells import Done, Failed, Job, Live, Message, load, run_cell, tail
 from provenn.claims.errors import WorkerStartError
 
 _SPAWN = multiprocessing.get_context("spawn")
@@ -166,8 +166,8 @@ class _Worker:
     def _lost(self, cause: str) -> Failed:
         assert self.job is not None
         self.bury()
-        printed = self._printed.decode(errors="replace").strip()
-        said = "; it last printed\n" + "\n".join(printed.splitlines()[-12:]) if printed else ""
+        printed = self._printed.decode(errors="replace").partition("\nExtension modules:")[0]
+        said = f"; it last printed\n{tail(printed)}" if printed.strip() else ""
         if not self._ready:
             raise WorkerStartError(f"a worker {cause} before it was ready{said}")
         failed = Failed(self.job.key, f"worker {cause}{said}")
