@@ -35,13 +35,17 @@ class Problem:
         total: Tensor = torch.stack(pieces).sum() / 2
         return total
 
+    def value(self) -> float:
+        """Return the value at the parameters as a number."""
+        return float(self.loss().detach())
+
     def closure(self) -> Any:
         """Evaluate the loss, and the gradients where gradients are enabled."""
         for parameter in self.parameters:
             parameter.grad = None
         loss = self.loss()
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         return loss
 
     def values(self) -> list[Tensor]:

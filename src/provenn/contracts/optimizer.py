@@ -208,18 +208,18 @@ def check_maximize(case: OptimizerCase) -> None:
 def check_quadratic(case: OptimizerCase) -> None:
     """It brings a convex quadratic down to 1 % of its first value."""
     problem = Problem()
-    first = float(problem.loss())
+    first = problem.value()
     take_steps(case, problem, case.make(problem.parameters, **case.quadratic), case.quadratic_steps)
-    last = float(problem.loss())
+    last = problem.value()
     expect(last <= 0.01 * first, f"it went from {first:.3g} to {last:.3g} in {case.quadratic_steps} steps")
 
 
 def check_rosenbrock(case: OptimizerCase) -> None:
     """It brings Rosenbrock's function down to a fifth of its first value."""
     problem = Rosenbrock()
-    first = float(problem.loss())
+    first = problem.value()
     take_steps(case, problem, case.make(problem.parameters, **case.rosenbrock), case.rosenbrock_steps)
-    last = float(problem.loss())
+    last = problem.value()
     expect(last <= first / 5, f"it went from {first:.3g} to {last:.3g} in {case.rosenbrock_steps} steps")
 
 
