@@ -7,8 +7,8 @@ from typing import Any
 
 import pytorch_optimizer
 import torch
-
 from benchmarks.timing import alternate
+
 from provenn.optim import DiffGrad
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from provenn.claims import Evidence
 from provenn.claims.optim import diffgrad as claim
 from provenn.contracts import BadInput, OptimizerCase

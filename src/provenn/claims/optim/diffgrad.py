@@ -16,6 +16,7 @@ from provenn.claims.claim import (
     Evidence,
     Figure,
     Metric,
+    Outcome,
     Point,
     Progress,
     Study,
@@ -181,11 +182,11 @@ def judge(evidence: Evidence) -> Verdict:
     minima = len(reached["DiffGrad"]) == len(FUNCTIONS) and len(reached["Adam"]) < len(FUNCTIONS)
     holds = [minima, gain.above_zero]
     reason = (
-        f"(a) at the global minimum ends DiffGrad on {_listed(reached['DiffGrad'])}, Adam on {_listed(reached['Adam'])}; "
+        f"(a) global minimum reached by DiffGrad: {_listed(reached['DiffGrad'])}, by Adam: {_listed(reached['Adam'])}; "
         f"(b) test accuracy minus Adam's is {100 * gain.estimate:+.2f} points "
         f"[{100 * gain.low:+.2f}, {100 * gain.high:+.2f}]"
     )
-    outcome = "reproduced" if all(holds) else "partly" if any(holds) else "not reproduced"
+    outcome: Outcome = "reproduced" if all(holds) else "partly" if any(holds) else "not reproduced"
     return Verdict(outcome, reason, {"accuracy gain": gain})
 
 
