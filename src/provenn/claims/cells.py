@@ -17,7 +17,7 @@ import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -79,18 +79,24 @@ class Failed:
 Message = Live | Done | Failed
 
 
-def run_cell(job: Job, tell: Callable[[Live], None]) -> Done | Failed:
+def prepare(threads: int) -> None:
+    """Set up a process that runs nothing but cells: its torch threads, and denormal numbers flushed to zero."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+
+
+def run_cell(job: Job) -> Iterator[Message]:
     """Run a cell to its end; nothing that the claim raises escapes.
 
-    Args:
-        job: The cell.
-        tell: Called now and then with a sign of life.
+    Yields:
+        A sign of life now and then, and :class:`Done` or :class:`Failed` at the end.
     """
     try:
-        claim = load(job.reference)
-        return _run(claim, job, tell)
+        yield from _run(load(job.reference), job)
     except Exception as error:
-        return Failed(job.key, f"raised {type(error).__name__}: {error}\n{tail(traceback.format_exc())}")
+        yield Failed(job.key, f"raised {type(error).__name__}: {error}\n{tail(traceback.format_exc())}")
 
 
 @cache
@@ -102,14 +108,15 @@ def load(reference: str) -> Claim:
     return claim
 
 
-def _run(claim: Claim, job: Job, tell: Callable[[Live], None]) -> Done | Failed:
+def _run(claim: Claim, job: Job) -> Iterator[Message]:
     _seed(job.trial)
     _reset_peaks(job.trial.device)
     started, clock = datetime.now(UTC), time.perf_counter()
     metrics: dict[str, float] = {}
     curves: dict[str, list[tuple[float, float]]] = {}
     done, total, told = 0, 0, clock
-    for event in claim.run(job.trial):
+    events: Iterator[object] = iter(claim.run(job.trial))
+    for event in events:
         if isinstance(event, Metric):
             metrics[event.name] = float(event.value)
         elif isinstance(event, Point):
@@ -117,19 +124,20 @@ def _run(claim: Claim, job: Job, tell: Callable[[Live], None]) -> Done | Failed:
         elif isinstance(event, Progress):
             done, total = int(event.done), int(event.total)
         else:
-            return Failed(job.key, f"yielded {event!r}, which is no Metric, Point or Progress")
+            raise TypeError(f"run must yield Metric, Point or Progress, got {event!r}")
         now = time.perf_counter()
         if now - told >= LIVE_SECONDS:
             told = now
-            tell(Live(job.key, done, total, dict(metrics)))
+            yield Live(job.key, done, total, dict(metrics))
     fault = _fault(job, metrics)
     if fault:
-        return Failed(job.key, fault)
+        yield Failed(job.key, fault)
+        return
     seconds = time.perf_counter() - clock
     peak, cuda = _peaks(job.trial.device)
     points = {name: tuple(curve) for name, curve in curves.items()}
     stamp = started.isoformat(timespec="milliseconds")
-    return Done(job.key, Record(metrics, points, stamp, seconds, peak, cuda, environment(job.trial.device)))
+    yield Done(job.key, Record(metrics, points, stamp, seconds, peak, cuda, environment(job.trial.device)))
 
 
 def _fault(job: Job, metrics: dict[str, float]) -> str:

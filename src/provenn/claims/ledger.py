@@ -292,11 +292,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _key(row: Mapping[str, Any]) -> CellKey:
+def _key(row: sa.RowMapping) -> CellKey:
     return CellKey(row["study"], row["arm"], row["settings"], row["seed"], bool(row["tuning"]))
 
 
-def _record(row: Mapping[str, Any], name: str) -> Record:
+def _record(row: sa.RowMapping, name: str) -> Record:
     try:
         curves = {curve: tuple((x, y) for x, y in points) for curve, points in json.loads(row["curves"]).items()}
         return Record(

@@ -162,7 +162,7 @@ def _at(curve: np.ndarray, first: np.ndarray, kept: np.ndarray) -> np.ndarray | 
     if curve.shape == first.shape and np.array_equal(curve[:, 0], first[:, 0]):
         return np.asarray(curve[kept, 1])
     if np.all(np.diff(curve[:, 0]) > 0) and np.all(np.diff(first[:, 0]) > 0):
-        return np.interp(first[kept, 0], curve[:, 0], curve[:, 1], left=np.nan, right=np.nan)
+        return np.asarray(np.interp(first[kept, 0], curve[:, 0], curve[:, 1], left=np.nan, right=np.nan))
     return None
 
 

@@ -8,8 +8,10 @@ even when that is killed.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import threading
@@ -21,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Protocol
 
-from provenn.claims.cells import Done, Failed, Job, Live, Message, load, run_cell, tail
+from provenn.claims.cells import Done, Failed, Job, Live, Message, load, prepare, run_cell, tail
 from provenn.claims.errors import WorkerStartError
 
 _SPAWN = multiprocessing.get_context("spawn")
@@ -57,9 +59,7 @@ class Inline:
         self._jobs.append(job)
 
     def wait(self) -> list[Message]:
-        messages: list[Message] = []
-        messages.append(run_cell(self._jobs.popleft(), messages.append))
-        return messages
+        return list(run_cell(self._jobs.popleft()))
 
     def close(self) -> None:
         self._jobs.clear()
@@ -225,13 +225,8 @@ def _serve(pipe: Connection, output: Connection, threads: int, parent: int, path
         os.dup2(output.fileno(), stream)
     sys.path[:] = path
     try:
-        import faulthandler
-
-        import torch
-
         faulthandler.enable()
-        torch.set_num_threads(threads)
-        torch.set_flush_denormal(True)
+        prepare(threads)
     except Exception:
         pipe.send(traceback.format_exc())
         return
@@ -241,10 +236,12 @@ def _serve(pipe: Connection, output: Connection, threads: int, parent: int, path
             job = pipe.recv()
         except EOFError:
             return
-        pipe.send(_loaded(job) or run_cell(job, pipe.send))
+        hindrance = _hindrance(job)
+        for message in [hindrance] if hindrance else run_cell(job):
+            pipe.send(message)
 
 
-def _loaded(job: Job) -> str | None:
+def _hindrance(job: Job) -> str | None:
     """Import the claim; what hinders it hinders every cell, and so stops the run."""
     try:
         load(job.reference)
@@ -255,7 +252,7 @@ def _loaded(job: Job) -> str | None:
 
 def _die_with(parent: int) -> None:
     """Make this process end when its parent does, however that ends."""
-    if sys.platform == "linux":
+    if platform.system() == "Linux":
         import ctypes
 
         set_death_signal = 1  # PR_SET_PDEATHSIG
