@@ -1,4 +1,13 @@
-"""What each kind of part promises: one public conformance suite a kind, as scikit-learn's ``check_estimator``."""
+"""What each kind of part promises: one public conformance suite a kind, as scikit-learn's ``check_estimator``.
+
+``check_optimizer(MyOptimizer)`` runs every check and raises one :class:`ContractError` that lists all failures;
+:func:`checks_of` gives the checks of a case one by one, for a test runner. Cases load no torch; the suites do.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from provenn.contracts.case import (
     BadInput,
@@ -13,11 +22,22 @@ from provenn.contracts.case import (
     ProbeCase,
     Symmetry,
 )
+from provenn.contracts.suite import ContractError, checks_of, exclusions_of
+
+if TYPE_CHECKING:
+    from provenn.contracts.compressor import check_compressor
+    from provenn.contracts.estimator import check_estimator
+    from provenn.contracts.function import check_function
+    from provenn.contracts.loss import check_loss
+    from provenn.contracts.module import check_module
+    from provenn.contracts.optimizer import check_optimizer
+    from provenn.contracts.probe import check_probe
 
 __all__ = [
     "BadInput",
     "Case",
     "CompressorCase",
+    "ContractError",
     "EstimatorCase",
     "FunctionCase",
     "LossCase",
@@ -26,4 +46,20 @@ __all__ = [
     "OptimizerCase",
     "ProbeCase",
     "Symmetry",
+    "check_compressor",
+    "check_estimator",
+    "check_function",
+    "check_loss",
+    "check_module",
+    "check_optimizer",
+    "check_probe",
+    "checks_of",
+    "exclusions_of",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    kind = name.removeprefix("check_")
+    if name not in __all__ or kind == name:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{kind}"), name)

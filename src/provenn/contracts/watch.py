@@ -210,3 +210,16 @@ def error_between(first: Any, second: Any) -> float:
 def is_device_mismatch(error: Exception) -> bool:
     """Return whether torch complains of tensors on different devices."""
     return "expected device" in str(error) or "same device" in str(error)
+
+
+def unsettle(model: nn.Module) -> nn.Module:
+    """Bring a model into a state that careless code does not restore: mixed modes, a gradient, a frozen parameter."""
+    model.train()
+    leaves = [module for module in model.modules() if not any(module.children())]
+    leaves[-1].eval()
+    parameters = list(model.parameters())
+    for parameter in parameters[:1]:
+        parameter.grad = torch.full_like(parameter, 0.5)
+    if len(parameters) > 2:
+        parameters[-1].requires_grad_(False)
+    return model
