@@ -148,6 +148,27 @@ def card(slug: str) -> Card:
     return read_card(path)
 
 
+def paper(name: str) -> Card:
+    """Return the card that a name belongs to: a slug, a part's public name, or its last component if no other has it.
+
+    Raises:
+        UnknownSlugError: No paper and no part has this name, or several parts do; the message names the nearest three.
+    """
+    known = paths()
+    if name in known or name.replace("_", "-") in known:
+        return card(name)
+    owners = {part.name: one for one in cards() for part in one.parts}
+    if name in owners:
+        return owners[name]
+    same = [full for full in owners if full.endswith(f".{name}")]
+    if len(same) == 1:
+        return owners[same[0]]
+    what = "name" if same else "paper or part"
+    raise UnknownSlugError(
+        unknown_name_message(what, name, same or [*known, *owners, *(o.rpartition(".")[2] for o in owners)])
+    )
+
+
 def cards() -> list[Card]:
     """Return every card, by area in the catalogue's order and then by slug."""
     return list(_every_card())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from provenn.catalog.card import Card
+from provenn.catalog.card import Card, cards, paths
+from provenn.catalog.compiled import compiled
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -67,3 +69,18 @@ def holds(card: Card, name: str) -> bool:
 def built(card: Card) -> bool:
     """Whether every part of the card and its claim are in the tree."""
     return all(holds(card, part.name) for part in card.parts) and "CLAIM" in public_names(card.claim_module)
+
+
+def built_slugs() -> frozenset[str]:
+    """Return the slugs of the papers that are built, from the compiled list if no file of theirs has changed."""
+    every = cards()
+    modules = {
+        name for one in every for name in (one.module, one.claim_module, *(part.namespace for part in one.parts))
+    }
+    files = {path for path in map(module_path, modules) if path is not None}
+    kept = compiled(
+        "built",
+        [*paths().values(), *files, Path(__file__)],
+        lambda: json.dumps([o.slug for o in every if built(o)]).encode(),
+    )
+    return frozenset(json.loads(kept))
