@@ -113,19 +113,19 @@ def display_on(console: Console) -> LiveDisplay | PlainDisplay:
 def show_table(console: Console, summary: Summary) -> None:
     """Print the comparisons: metric, method, baseline, difference with its interval."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("study", "metric", "method", "baseline"):
+    several = len(summary["arms"]) > 1
+    for name in ("metric", "method", "baseline", "difference"):
         table.add_column(name, overflow="fold")
-    table.add_column("difference [95 % interval]", overflow="fold")
     for row in summary["comparisons"]:
-        better = "↑" if row["maximize"] else "↓"
+        place = f"\n{row['study']}" if several else ""
         table.add_row(
-            Text(row["study"]),
-            Text(f"{row['label']} {better}"),
+            Text(f"{row['label']} {'↑' if row['maximize'] else '↓'}{place}"),
             Text(f"{figure(row['method_mean'])}\n{row['method']}"),
             Text(f"{figure(row['baseline_mean'])}\n{row['baseline']}"),
-            Text(interval(row)),
+            Text(interval(row).replace(" [", "\n[")),
         )
     console.print(table)
+    console.print("differences with their 95 % bootstrap interval over seeds; ↑ more is better, ↓ less", style="dim")
 
 
 def figure(value: float | None) -> str:
@@ -134,7 +134,9 @@ def figure(value: float | None) -> str:
 
 
 def interval(row: dict[str, Any]) -> str:
-    """Word a difference with its interval."""
+    """Word a difference with its interval, left out where it has no width (one seed, or an exact figure)."""
+    if row["low"] == row["high"]:
+        return f"{row['difference']:+.4g}"
     return f"{row['difference']:+.4g} [{row['low']:+.4g}, {row['high']:+.4g}]"
 
 
