@@ -1,0 +1,64 @@
+"""The plot of a comparison: the trade-off where there are two axes, else the seeds and their mean."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from provenn.compare.pareto import front
+from provenn.compare.ranking import Row
+
+
+def draw(rows: Sequence[Row], metric: str, maximize: bool, cost: str | None, title: str) -> bytes:
+    """Return the plot as PNG.
+
+    Args:
+        rows: The ranking.
+        metric: What the task measures, for an axis.
+        maximize: Whether more of it is better.
+        cost: What the second axis is; ``None`` if there is none.
+        title: The plot's title.
+    """
+    ranked = [row for row in rows if row.rank is not None]
+    figure = Figure(figsize=(7, 1.6 + 0.4 * len(ranked) if cost is None else 4.8), layout="constrained")
+    axes = figure.add_subplot(title=title)
+    if cost is None:
+        _seeds(axes, ranked, metric)
+    else:
+        _trade_off(axes, ranked, metric, maximize, cost)
+    stream = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(stream)
+    return stream.getvalue()
+
+
+def _seeds(axes: Axes, ranked: Sequence[Row], metric: str) -> None:
+    for place, row in enumerate(ranked):
+        assert row.score is not None
+        scores = [run.score for run in row.result.runs]
+        axes.plot(scores, [place] * len(scores), "|", color="0.6", markersize=9)
+        reach = [[row.score.estimate - row.score.low], [row.score.high - row.score.estimate]]
+        axes.errorbar(row.score.estimate, place, xerr=reach, fmt="o", color="C0", capsize=3)
+    axes.set_yticks(range(len(ranked)), [row.result.part for row in ranked])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{metric} (bars: mean over seeds, 95 % interval)")
+
+
+def _trade_off(axes: Axes, ranked: Sequence[Row], metric: str, maximize: bool, cost: str) -> None:
+    sign = 1 if maximize else -1
+    means = {row.result.part: mean_points(row) for row in ranked}
+    for part, points in means.items():
+        axes.plot(*zip(*points, strict=True), "o-", label=part, alpha=0.8)
+    best = front([(x, sign * y) for points in means.values() for x, y in points])
+    axes.plot([x for x, _ in best], [sign * y for _, y in best], "s", color="black", mfc="none", ms=11, label="Pareto")
+    axes.set(xscale="log", xlabel=cost, ylabel=f"{metric} (mean over seeds)")
+    axes.legend()
+
+
+def mean_points(row: Row) -> list[tuple[float, float]]:
+    """Return the points of a trade-off, each the mean over seeds of cost and figure."""
+    columns = zip(*(run.front for run in row.result.runs), strict=True)
+    return [(sum(x for x, _ in one) / len(one), sum(y for _, y in one) / len(one)) for one in columns]

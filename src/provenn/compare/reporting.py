@@ -1,0 +1,150 @@
+"""Write a comparison: a table on the terminal; CSV, JSON, PNG and one self-contained HTML page in a folder."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from rich.table import Table
+from rich.text import Text
+
+from provenn.claims.cells import environment
+from provenn.compare.lookup import find_kind, find_task
+from provenn.compare.plotting import draw
+from provenn.compare.ranking import Row
+from provenn.compare.running import Comparison
+
+COLUMNS = ("rank", "part", "score", "behind the leader", "settings", "steps")
+
+
+def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Return the ranking as text, one tuple of :data:`COLUMNS` a row."""
+    return [_cells(row) for row in rows]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    one = row.result
+    settings = ", ".join(f"{name} {value:.3g}" for name, value in one.settings.items()) or "defaults"
+    if row.rank is None or row.score is None:
+        return ("–", one.part, f"failed: {one.failure}", "", settings if one.settings else "", "")
+    behind = "" if row.behind is None else str(row.behind) if row.beaten else f"{row.behind}, not told apart"
+    return (str(row.rank), one.part, str(row.score), behind, settings, str(one.runs[0].steps))
+
+
+def table(comparison: Comparison, rows: Sequence[Row]) -> Table:
+    """Return the ranking as a table for a terminal."""
+    made = Table(*COLUMNS, title=Text(heading(comparison)), caption=Text(_caption(comparison)))
+    for row in cells(rows):
+        made.add_row(*map(Text, row))
+    return made
+
+
+def heading(comparison: Comparison) -> str:
+    """Return the comparison in a line."""
+    kind, task = find_kind(comparison.kind), find_task(comparison.task)
+    metric = kind.headline(task)
+    return f"{comparison.kind} on {task.name}: {metric}, {'more' if kind.maximize(task) else 'less'} is better"
+
+
+def _caption(comparison: Comparison) -> str:
+    seeds = f"{comparison.seeds} seed{'s' if comparison.seeds > 1 else ''}"
+    interval = "mean over seeds and 95 % bootstrap interval" if comparison.seeds > 1 else "one seed says little"
+    return f"{comparison.trials} tuning runs a part, {seeds}; {interval}; task: {find_task(comparison.task).summary}"
+
+
+def plain(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return everything as plain data for JSON; a tuning run that failed has the score ``None``."""
+    kind, task = find_kind(comparison.kind), find_task(comparison.task)
+    return {
+        **asdict(comparison),
+        "metric": task.metric,
+        "headline": kind.headline(task),
+        "maximize": kind.maximize(task),
+        "cost": kind.cost,
+        "environment": dict(environment(comparison.device)),
+        "ranking": [_plain_row(row) for row in rows],
+    }
+
+
+def _plain_row(row: Row) -> dict[str, Any]:
+    one = row.result
+    tried = [{"settings": dict(s), "score": score if score == score else None} for s, score in one.tried]
+    return {
+        "rank": row.rank,
+        "part": one.part,
+        "score": None if row.score is None else asdict(row.score),
+        "behind": None if row.behind is None else asdict(row.behind),
+        "settings": dict(one.settings),
+        "tried": tried,
+        "runs": [asdict(run) for run in one.runs],
+        "failure": one.failure,
+    }
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """Return one line a part and seed; a part that failed has one line without seed."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(("rank", "part", "seed", "score", "steps", "seconds", "settings", "failure"))
+    for row in rows:
+        one = row.result
+        settings = json.dumps(dict(one.settings), sort_keys=True)
+        if row.rank is None:
+            writer.writerow(("", one.part, "", "", "", "", settings, one.failure))
+            continue
+        for run in one.runs:
+            writer.writerow((row.rank, one.part, run.seed, run.score, run.steps, round(run.seconds, 3), settings, ""))
+    return stream.getvalue()
+
+
+def write(comparison: Comparison, rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Write ``compare-KIND-TASK`` as ``.csv``, ``.json``, ``.png`` and ``.html`` into a folder, made if need be.
+
+    Returns:
+        The files; earlier ones of the same name are replaced.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    kind, task = find_kind(comparison.kind), find_task(comparison.task)
+    headline = kind.headline(task) if kind.cost is None else task.metric
+    png = draw(rows, headline, task.maximize, kind.cost, f"{comparison.kind} on {task.name}")
+    contents: Mapping[str, bytes] = {
+        "csv": as_csv(rows).encode(),
+        "json": (json.dumps(plain(comparison, rows), indent=1, ensure_ascii=False) + "\n").encode(),
+        "png": png,
+        "html": _page(comparison, rows, png).encode(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"compare-{comparison.kind}-{task.name}"
+    return [_replace(folder / f"{stem}.{suffix}", content) for suffix, content in contents.items()]
+
+
+def _page(comparison: Comparison, rows: Sequence[Row], png: bytes) -> str:
+    pages = Environment(loader=PackageLoader("provenn.compare", "."), autoescape=select_autoescape())
+    return pages.get_template("page.html").render(
+        heading=heading(comparison),
+        caption=_caption(comparison),
+        columns=COLUMNS,
+        rows=cells(rows),
+        plot=base64.b64encode(png).decode(),
+        environment=environment(comparison.device),
+    )
+
+
+def _replace(path: Path, content: bytes) -> Path:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,231 @@
+"""Tune every part equally, then run its best setting on every seed; what fails is noted and stops nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import optuna
+
+from provenn.claims.cells import Done, Failed, Job, Live
+from provenn.claims.claim import Scalar, Trial
+from provenn.claims.ledger import CellKey, Record, canonical
+from provenn.claims.workers import Executor
+from provenn.compare.cells import REFERENCE, study_name
+from provenn.compare.lookup import find_kind, find_part, find_task
+
+TUNING_SEED = 0
+"""The seed that tuning runs on; the seeds that count are 1, 2, ..."""
+SAMPLER_SEED = 0
+STARTUP_TRIALS = 5
+"""Trials that are drawn blindly, the same for every part; later ones follow what was found."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Args:
+        kind: Name of the kind.
+        task: Name of the task.
+        parts: Names of the parts.
+        trials: Tuning runs of each part; with 0, each runs with its own defaults.
+        seeds: Runs of each part that count.
+        device: Where they run.
+
+    Raises:
+        UsageError: A name is unknown, or the task does not compare this kind.
+    """
+
+    kind: str
+    task: str
+    parts: tuple[str, ...]
+    trials: int
+    seeds: int
+    device: str = "cpu"
+
+    @property
+    def runs(self) -> int:
+        """The number of runs in all."""
+        return len(self.parts) * (self.trials + self.seeds)
+
+
+@dataclass(frozen=True)
+class SeedRun:
+    """What one seed left: the headline figure, the steps, the trade-off's points and the seconds."""
+
+    seed: int
+    score: float
+    steps: int
+    front: tuple[tuple[float, float], ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass
+class PartResult:
+    """What a part did: its tuning runs, its setting, its seeds; and why it failed, if it did."""
+
+    part: str
+    tried: list[tuple[Mapping[str, Scalar], float]] = field(default_factory=list)
+    settings: Mapping[str, Scalar] = field(default_factory=dict)
+    runs: list[SeedRun] = field(default_factory=list)
+    failure: str | None = None
+
+
+class _Course:
+    """One part's way: tuning one run after another, then all seeds."""
+
+    def __init__(self, comparison: Comparison, part: str) -> None:
+        kind, task = find_kind(comparison.kind), find_task(comparison.task)
+        self.result = PartResult(part)
+        self._comparison = comparison
+        self._space = task.kinds[comparison.kind]
+        self._maximize = kind.maximize(task)
+        sampler = optuna.samplers.TPESampler(seed=SAMPLER_SEED, n_startup_trials=STARTUP_TRIALS)
+        self._study = optuna.create_study(direction="maximize" if self._maximize else "minimize", sampler=sampler)
+        self._trial: optuna.Trial | None = None
+        self._reason = ""
+        self._waiting = list(range(1, comparison.seeds + 1)) if comparison.trials == 0 else []
+        self._tuned = comparison.trials == 0
+
+    def next_job(self) -> Job | None:
+        """Return the next run, if one can start now."""
+        if self.result.failure is not None:
+            return None
+        if not self._tuned and self._trial is None:
+            self._trial = self._study.ask()
+            drawn = {name: one.draw(self._trial, name) for name, one in self._space.items()}
+            return self._job(drawn, TUNING_SEED, tuning=True)
+        if self._tuned and self._waiting:
+            return self._job(self.result.settings, self._waiting.pop(0), tuning=False)
+        return None
+
+    def _job(self, settings: Mapping[str, Scalar], seed: int, tuning: bool) -> Job:
+        one = self._comparison
+        study, arm = study_name(one.kind, one.task), self.result.part
+        trial = Trial(study, arm, seed, "small", {}, settings, tuning, one.device)
+        key = CellKey(study, arm, canonical(dict(settings)), seed, tuning)
+        return Job(key, REFERENCE, trial, needed=("score", "steps"))
+
+    def done(self, key: CellKey, record: Record) -> None:
+        """Take what a run left."""
+        score = record.metrics["score"]
+        if key.tuning:
+            self._tell(score if math.isfinite(score) else None, f"its {score} score is no number")
+            return
+        front = record.curves.get("front", ())
+        self.result.runs.append(SeedRun(key.seed, score, int(record.metrics["steps"]), tuple(front), record.seconds))
+        self.result.runs.sort(key=lambda run: run.seed)
+
+    def failed(self, key: CellKey, cause: str) -> None:
+        """Take that a run failed: a tuning run is just no choice, a seed is the part's failure."""
+        if key.tuning:
+            self._tell(None, reason(cause))
+        elif self.result.failure is None:
+            self.result.failure = f"seed {key.seed}: {reason(cause)}"
+            self._waiting = []
+
+    def _tell(self, score: float | None, why_not: str) -> None:
+        assert self._trial is not None
+        self.result.tried.append((self._trial.params, math.nan if score is None else score))
+        if score is None:
+            self._reason = why_not
+            self._study.tell(self._trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(self._trial, score)
+        self._trial = None
+        if len(self.result.tried) == self._comparison.trials:
+            self._settle()
+
+    def _settle(self) -> None:
+        good = [(settings, score) for settings, score in self.result.tried if not math.isnan(score)]
+        if not good:
+            self.result.failure = f"every tuning run; the last: {self._reason}"
+            return
+        sign = 1 if self._maximize else -1
+        self.result.settings = max(good, key=lambda one: sign * one[1])[0]
+        self._waiting = list(range(1, self._comparison.seeds + 1))
+        self._tuned = True
+
+
+def reason(cause: str) -> str:
+    """Return the line of a failed cell's cause that says most: of a traceback the last, else the first."""
+    lines = [line for line in cause.strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines[0] == "raised" else lines[0]
+
+
+def check(comparison: Comparison) -> None:
+    """Check that kind, task and parts exist and fit.
+
+    Raises:
+        UsageError: One does not.
+    """
+    from provenn.claims.errors import UsageError
+
+    kind, task = find_kind(comparison.kind), find_task(comparison.task)
+    if comparison.kind not in task.kinds:
+        raise UsageError(f"task {comparison.task} compares {', '.join(task.kinds)}, not {comparison.kind}")
+    for part in comparison.parts:
+        find_part(kind, part)
+
+
+def run_comparison(
+    comparison: Comparison, executor: Executor, advance: Callable[[str, float], None] = lambda part, share: None
+) -> list[PartResult]:
+    """Run a comparison.
+
+    Args:
+        comparison: What to compare.
+        executor: Runs the cells; the caller closes it.
+        advance: Told the part whenever one of its runs has moved on, and by how much of a run (negative: start over).
+
+    Returns:
+        One result a part, in the order asked for.
+
+    Raises:
+        UsageError: A name is unknown, or the task does not compare this kind.
+    """
+    check(comparison)
+    with _quiet_optuna():
+        courses = {part: _Course(comparison, part) for part in comparison.parts}
+        shown: dict[CellKey, float] = {}
+        while _submit(courses, executor, shown):
+            for message in executor.wait():
+                _take(message, courses[message.key.arm], shown, advance)
+    return [course.result for course in courses.values()]
+
+
+def _submit(courses: Mapping[str, _Course], executor: Executor, shown: dict[CellKey, float]) -> bool:
+    """Hand out runs while there are free hands; return whether any is under way."""
+    for course in courses.values():
+        while executor.idle() > 0 and (job := course.next_job()) is not None:
+            shown[job.key] = 0.0
+            executor.submit(job)
+    return bool(shown)
+
+
+def _take(
+    message: Live | Done | Failed, course: _Course, shown: dict[CellKey, float], advance: Callable[[str, float], None]
+) -> None:
+    if isinstance(message, Live):
+        share = message.done / message.total if message.total else 0.0
+        advance(message.key.arm, share - shown[message.key])
+        shown[message.key] = share
+        return
+    if isinstance(message, Done):
+        course.done(message.key, message.record)
+    else:
+        course.failed(message.key, message.cause)
+    advance(message.key.arm, 1.0 - shown.pop(message.key))
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)

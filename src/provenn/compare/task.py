@@ -1,0 +1,114 @@
+"""What a task is: a model family, data, a budget, one headline metric, and the kinds of parts that it compares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from provenn.core.experiment.training import accuracy
+
+if TYPE_CHECKING:
+    import optuna
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """A hyperparameter drawn between two positive bounds, uniformly in its logarithm."""
+
+    low: float
+    high: float
+
+    def draw(self, trial: optuna.Trial, name: str) -> float:
+        """Draw a value for an optuna trial."""
+        return float(trial.suggest_float(name, self.low, self.high, log=True))
+
+
+Space = Mapping[str, LogUniform]
+"""The hyperparameters that every part of a kind is tuned in; a part that lacks one goes without it."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs and targets to train on, to tune on, and to judge by."""
+
+    x_train: Shaped[Tensor, "train ..."]
+    y_train: Shaped[Tensor, "train ..."]
+    x_validation: Shaped[Tensor, "validation ..."]
+    y_validation: Shaped[Tensor, "validation ..."]
+    x_test: Shaped[Tensor, "test ..."]
+    y_test: Shaped[Tensor, "test ..."]
+
+    def to(self, device: str) -> Split:
+        """Return the split on a device."""
+        return Split(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a task is on one type of device.
+
+    Args:
+        model: Builds the network; drawn from torch's global generator, which is seeded around the call.
+        data: Returns the split, the same at every call.
+        batch_size: Samples a step.
+        epochs: Epochs of a training from scratch.
+        fine_tuning_epochs: Epochs of the fine-tuning after one compression.
+    """
+
+    model: Callable[[], nn.Module]
+    data: Callable[[], Split]
+    batch_size: int
+    epochs: int
+    fine_tuning_epochs: int
+
+
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Float[Tensor, ""]:
+    """Return the mean cross-entropy of a classifier."""
+    return nn.functional.cross_entropy(model(x), y)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A task to compare parts on. A task's module defines one as ``TASK``.
+
+    Args:
+        name: Its name.
+        summary: One line: model, data, budget.
+        kinds: The kinds of parts it compares, each with the space its parts are tuned in.
+        scales: Its size by type of device, ``"cpu"`` at least; a device without its own takes that one.
+        augment: ``augment(x, generator)`` disturbs a training batch, drawn afresh every epoch.
+        loss: ``loss(model, x, y)`` → scalar, the mean over the batch.
+        measure: ``measure(model, x, y)`` → the headline metric.
+        metric: The metric's name.
+        maximize: Whether more of it is better.
+        reference: The metric of a guess that has learnt nothing; hypervolumes count from it.
+
+    Raises:
+        ValueError: There is no scale for the CPU, or no kind.
+    """
+
+    name: str
+    summary: str
+    kinds: Mapping[str, Space]
+    scales: Mapping[str, Scale]
+    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = cross_entropy
+    measure: Callable[[nn.Module, Tensor, Tensor], float] = accuracy
+    metric: str = "accuracy"
+    maximize: bool = True
+    reference: float = 0.0
+
+    def __post_init__(self) -> None:
+        if "cpu" not in self.scales:
+            raise ValueError(f"scales of task {self.name} must have 'cpu', got {sorted(self.scales)}")
+        if not self.kinds:
+            raise ValueError(f"kinds of task {self.name} must name at least one kind")
+
+    def scale(self, device: str) -> Scale:
+        """Return the scale for a device such as ``"cuda:1"``."""
+        return self.scales.get(device.partition(":")[0], self.scales["cpu"])
