@@ -1,0 +1,1 @@
+"""Speed, memory and agreement beside the peers: ``benchmarks/<area>/<slug>.py``, one module a paper."""
