@@ -6,7 +6,6 @@ the median gap between two cells that one worker ran in turn.
 
 from __future__ import annotations
 
-
 import itertools
 import statistics
 import tempfile
