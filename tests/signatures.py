@@ -15,6 +15,7 @@ from typing import Any
 import jaxtyping
 import torch
 from beartype import BeartypeConf, beartype
+from beartype.roar import BeartypeDecorHintException
 
 _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as PEP 484 has it
 
@@ -25,7 +26,12 @@ def after_return(stand_in: Callable[..., Any]) -> Callable[..., Any]:
         parameter.kind is parameter.KEYWORD_ONLY and name.startswith("ret")
         for name, parameter in inspect.signature(stand_in).parameters.items()
     )
-    return _check(stand_in) if returns else stand_in
+    if not returns:
+        return stand_in
+    try:
+        return _check(stand_in)
+    except BeartypeDecorHintException:  # an annotation that no run can check, such as a plain Protocol
+        return stand_in
 
 
 class _OffWhileTracing(type(jaxtyping.config)):

@@ -53,15 +53,20 @@ class Problem:
         return [parameter.detach().clone() for parameter in self.parameters]
 
 
+def advance(case: OptimizerCase, problem: Problem, optimizer: Optimizer, count: int) -> None:
+    """Take steps on a problem."""
+    for _ in range(count):
+        if case.closure == "required":
+            optimizer.step(problem.closure)
+        else:
+            problem.closure()
+            optimizer.step()
+
+
 def take_steps(case: OptimizerCase, problem: Problem, optimizer: Optimizer, count: int, seed: int = 0) -> None:
     """Take steps on a problem, with torch's generator seeded."""
     with seeded(seed):
-        for _ in range(count):
-            if case.closure == "required":
-                optimizer.step(problem.closure)
-            else:
-                problem.closure()
-                optimizer.step()
+        advance(case, problem, optimizer, count)
 
 
 def state_tensors(optimizer: Optimizer) -> list[Tensor]:

@@ -25,7 +25,11 @@ def conform(
     if not paper.built:
         raise NotBuiltError(f"{paper.slug} is not built yet ({paper.title})")
     console = Console(soft_wrap=True)
-    parts = examine(paper, console)
+    try:
+        parts = examine(paper, console)
+    except FileNotFoundError as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from error
     console.print(_table(paper, parts))
     if record:
         section = {"digest": module_digest(paper), "parts": parts, "versions": versions()}

@@ -1,0 +1,33 @@
+"""Every part of every built paper keeps the contract of its kind: each check of each case is one test."""
+
+import pytest
+
+from provenn.catalog.card import cards
+from provenn.contracts import checks_of, exclusions_of
+from provenn.contracts.collect import every_case, mismatches
+
+CASES = every_case()
+
+
+def runs():
+    for case in CASES:
+        for name, check in checks_of(case).items():
+            yield pytest.param(check, id=f"{case.name}-{name}")
+        for name, reason in exclusions_of(case).items():
+            yield pytest.param(None, id=f"{case.name}-{name}", marks=pytest.mark.skip(reason=f"not promised: {reason}"))
+
+
+@pytest.mark.parametrize("check", runs())
+def test_part_keeps_its_contract(check):
+    check()
+
+
+def test_cards_and_cases_agree():
+    found = mismatches(CASES)
+    assert not found, "\n".join(found)
+
+
+def test_no_built_part_goes_unchecked():
+    built = {part.name for card in cards() if card.built for part in card.parts}
+    checked = {case.part for case in CASES if checks_of(case)}
+    assert built <= checked
