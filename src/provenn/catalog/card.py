@@ -17,7 +17,8 @@ from typing import Any
 from provenn.catalog.compiled import compiled
 from provenn.core.nearest import unknown_name_message
 
-CARDS = Path(__file__).parent / "cards"
+PACKAGE = Path(__file__).parent.parent
+CARDS = PACKAGE / "catalog" / "cards"
 
 AREAS: dict[str, str] = {
     "nn": "layers and attention",
@@ -119,7 +120,7 @@ class Card:
     @property
     def built(self) -> bool:
         """Whether the paper's module is in the tree (which parts it holds: :mod:`provenn.catalog.tree`)."""
-        return (Path(__file__).parent.parent / self.area / f"{self.module_name}.py").is_file()
+        return (PACKAGE / self.area / f"{self.module_name}.py").is_file()
 
     @property
     def year(self) -> str:

@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from provenn.catalog.card import Card
+from provenn.catalog.card import PACKAGE, Card
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = PACKAGE / "catalog" / "results"
 SECTIONS = ("claim", "conformance", "peer")
 
 
@@ -68,7 +68,7 @@ def module_digest(card: Card) -> str:
     Raises:
         FileNotFoundError: The paper is not built.
     """
-    folder = Path(__file__).parent.parent / card.area
+    folder = PACKAGE / card.area
     files = [folder / f"{card.module_name}.py", *sorted(folder.glob(f"_{card.module_name}_*.py"))]
     digest = hashlib.sha256()
     for file in files:

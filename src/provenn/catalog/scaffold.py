@@ -9,7 +9,8 @@ from string import Template
 from provenn.catalog.card import Card
 
 TEMPLATES = Path(__file__).parent / "templates"
-WIDTH = 118
+WIDTH = 116
+DOCSTRING = ("What it does, in one sentence.", "Args:", "Shape:", "Returns:", "Raises:", "Cost:", "Source:")
 
 
 def checkout() -> Path:
@@ -66,14 +67,14 @@ def _words(card: Card) -> dict[str, str]:
         "rule": _wrapped(card.rule or ""),
         "peer": _wrapped(card.peer.text if card.peer else "None."),
         "parts": "\n#\n".join(_heading(part.name, part.kind) for part in card.parts),
+        "slug": card.slug,
         "module": card.module,
-        "names": "\n".join(f"#     {part.name} ({part.kind})" for part in card.parts),
+        "names": "\n".join(f"# {part.name} ({part.kind})" for part in card.parts),
     }
 
 
 def _heading(name: str, kind: str) -> str:
-    callable_headings = "Args, Shape, Returns, Raises, Cost, Source"
-    return f"# {name} ({kind})\n#     One sentence of what it does; then {callable_headings}."
+    return "\n".join([f"# {name} ({kind})", "#", *(f"#     {heading}" for heading in DOCSTRING)])
 
 
 def _wrapped(text: str) -> str:

@@ -43,6 +43,7 @@ SUFFIXES = (
     "ally", "ments", "ment", "ness", "ity", "ities", "ly", "ies", "es", "s", "y", "e",
 )  # fmt: skip
 SHORTEST_STEM = 4
+_STEM = re.compile(rf"(.{{{SHORTEST_STEM},}}?)(?:{'|'.join(SUFFIXES)})|(.{{{SHORTEST_STEM - 1}}})s")
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,20 @@ class Hit:
 @cache
 def stem(word: str) -> str:
     """Return the word without its longest known ending, if enough of it is left: optimizers, optimise → optim."""
-    endings = [end for end in SUFFIXES if word.endswith(end) and len(word) - len(end) >= SHORTEST_STEM]
-    if not endings or word.endswith(("ss", "us")):
-        return word[:-1] if len(word) == SHORTEST_STEM and word.endswith("s") and not word.endswith("ss") else word
-    return word[: -len(max(endings, key=len))]
+    if word.endswith(("ss", "us")):
+        return word
+    found = _STEM.fullmatch(word)
+    return (found[1] or found[2]) if found else word
 
 
 def terms(text: str) -> list[str]:
     """Return the stems of a text's words; identifiers count whole and by parts: DiffGrad → diffgrad, diff, grad."""
     found = []
     for word in re.findall(r"[^\W_]+", text):
-        pieces = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\dA-Za-z]+", word)
-        found += [word, *pieces] if len(pieces) > 1 else [word]
+        found.append(word)
+        if not (word.isalpha() and word[1:].islower()):
+            pieces = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+|[^\W\dA-Za-z]+", word)
+            found += pieces if len(pieces) > 1 else []
     return [stem(word) for word in map(str.lower, found) if word not in STOP_WORDS]
 
 

@@ -8,10 +8,8 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from provenn.catalog.card import Card, cards, paths
+from provenn.catalog.card import PACKAGE, Card, cards, paths
 from provenn.catalog.compiled import compiled
-
-PACKAGE = Path(__file__).parent.parent
 
 
 def module_path(dotted: str) -> Path | None:
@@ -26,6 +24,9 @@ def public_names(dotted: str) -> frozenset[str]:
 
     Without ``__all__``, names that begin with an underscore and names that are imported are not offered. A module
     that is not in the tree, or is not Python, offers nothing.
+
+    Raises:
+        ValueError: ``__all__`` is not a list written out.
     """
     path = module_path(dotted)
     if path is None:
