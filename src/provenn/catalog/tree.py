@@ -53,7 +53,7 @@ def public_names(dotted: str) -> frozenset[str]:
     return frozenset(listed & (defined | imported))
 
 
-def _top_level(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+def _top_level(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
     for statement in body:
         yield statement
         for block in ("body", "orelse", "handlers", "finalbody"):
