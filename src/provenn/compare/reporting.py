@@ -42,7 +42,9 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def table(comparison: Comparison, rows: Sequence[Row]) -> Table:
     """Return the ranking as a table for a terminal."""
-    made = Table(*COLUMNS, title=Text(heading(comparison)), caption=Text(_caption(comparison)))
+    made = Table(title=Text(heading(comparison)), caption=Text(_caption(comparison)))
+    for column in COLUMNS:
+        made.add_column(column, overflow="fold")
     for row in cells(rows):
         made.add_row(*map(Text, row))
     return made

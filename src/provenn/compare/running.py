@@ -11,16 +11,16 @@ import optuna
 
 from provenn.claims.cells import Done, Failed, Job, Live
 from provenn.claims.claim import Scalar, Trial
+from provenn.claims.errors import UsageError
 from provenn.claims.ledger import CellKey, Record, canonical
 from provenn.claims.workers import Executor
 from provenn.compare.cells import REFERENCE, study_name
 from provenn.compare.lookup import find_kind, find_part, find_task
+from provenn.compare.task import Space
 
 TUNING_SEED = 0
 """The seed that tuning runs on; the seeds that count are 1, 2, ..."""
 SAMPLER_SEED = 0
-STARTUP_TRIALS = 5
-"""Trials that are drawn blindly, the same for every part; later ones follow what was found."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,6 @@ class Comparison:
         trials: Tuning runs of each part; with 0, each runs with its own defaults.
         seeds: Runs of each part that count.
         device: Where they run.
-
-    Raises:
-        UsageError: A name is unknown, or the task does not compare this kind.
     """
 
     kind: str
@@ -45,11 +42,6 @@ class Comparison:
     trials: int
     seeds: int
     device: str = "cpu"
-
-    @property
-    def runs(self) -> int:
-        """The number of runs in all."""
-        return len(self.parts) * (self.trials + self.seeds)
 
 
 @dataclass(frozen=True)
@@ -83,8 +75,7 @@ class _Course:
         self._comparison = comparison
         self._space = task.kinds[comparison.kind]
         self._maximize = kind.maximize(task)
-        sampler = optuna.samplers.TPESampler(seed=SAMPLER_SEED, n_startup_trials=STARTUP_TRIALS)
-        self._study = optuna.create_study(direction="maximize" if self._maximize else "minimize", sampler=sampler)
+        self._study = _study(self._space, comparison.trials, self._maximize)
         self._trial: optuna.Trial | None = None
         self._reason = ""
         self._waiting = list(range(1, comparison.seeds + 1)) if comparison.trials == 0 else []
@@ -150,10 +141,32 @@ class _Course:
         self._tuned = True
 
 
+def _study(space: Space, trials: int, maximize: bool) -> optuna.Study:
+    """Return a study whose first half of trials is spread evenly, the same for every part, before TPE takes over."""
+    spread = math.ceil(trials / 2)
+    sampler = optuna.samplers.TPESampler(seed=SAMPLER_SEED, n_startup_trials=spread)
+    study = optuna.create_study(direction="maximize" if maximize else "minimize", sampler=sampler)
+    for shares in spread_points(spread, len(space)):
+        settings = {name: one.at(share) for (name, one), share in zip(space.items(), shares, strict=True)}
+        study.enqueue_trial(settings)
+    return study
+
+
+def spread_points(count: int, dimensions: int) -> list[list[float]]:
+    """Return points that fill the unit cube evenly, from its centre on.
+
+    Source: Roberts, "The unreasonable effectiveness of quasirandom sequences" (2018): additive recurrence by the powers
+    of 1/φ, where φ is the root of φ^(d+1) = φ + 1.
+    """
+    ratio = 2.0
+    for _ in range(64):
+        ratio = (1 + ratio) ** (1 / (dimensions + 1))
+    return [[(0.5 + index / ratio**axis) % 1 for axis in range(1, dimensions + 1)] for index in range(count)]
+
+
 def reason(cause: str) -> str:
-    """Return the line of a failed cell's cause that says most: of a traceback the last, else the first."""
-    lines = [line for line in cause.strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines[0] == "raised" else lines[0]
+    """Return a failed cell's cause in one line, without its traceback."""
+    return cause.strip().partition("\n")[0].removeprefix("raised ")
 
 
 def check(comparison: Comparison) -> None:
@@ -162,8 +175,6 @@ def check(comparison: Comparison) -> None:
     Raises:
         UsageError: One does not.
     """
-    from provenn.claims.errors import UsageError
-
     kind, task = find_kind(comparison.kind), find_task(comparison.task)
     if comparison.kind not in task.kinds:
         raise UsageError(f"task {comparison.task} compares {', '.join(task.kinds)}, not {comparison.kind}")

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LogUniform:
-    """A hyperparameter drawn between two positive bounds, uniformly in its logarithm."""
+    """A hyperparameter between two positive bounds, uniform in its logarithm."""
 
     low: float
     high: float
+
+    def at(self, share: float) -> float:
+        """Return the value at a share of the way from the lower bound to the upper."""
+        return float(self.low * (self.high / self.low) ** share)
 
     def draw(self, trial: optuna.Trial, name: str) -> float:
         """Draw a value for an optuna trial."""

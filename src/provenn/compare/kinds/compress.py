@@ -1,9 +1,10 @@
 """Compressors: each makes the same trained network smaller at several budgets, with the same fine-tuning steps.
 
 A part is either a function ``part(model, density, train) -> model``, or a class whose instances have
-``compress(model, train)``. The class is built with ``density`` or ``sparsity`` if it takes one; one that goes at
-its own pace and takes ``rounds`` gets the rounds in which a fifth of the weights a round would reach the density.
-``train(model)`` fine-tunes in place.
+``compress(model, train)``. The share of weights to keep goes to whichever of the two takes it, as ``remaining`` or
+``density``, or as ``sparsity``, one minus it. A class that takes ``rounds`` gets the number in which a fifth of the
+weights a round would reach the share, and its steps are shared among one training more. ``train(model)`` fine-tunes in
+place.
 """
 
 from __future__ import annotations
@@ -96,16 +97,15 @@ def compress(
 ) -> tuple[FineTuning, nn.Module]:
     """Run a part at one density."""
     lr = float(settings.get("lr", DENSE_LEARNING_RATE))
-    if not hasattr(part, "compress"):
+    budget = {"remaining": density, "density": density, "sparsity": 1 - density}
+    if hasattr(part, "compress"):
+        rounds = math.ceil(math.log(density) / math.log(PACE))
+        tuning = FineTuning(setup, lr, calls=rounds + 1 if "rounds" in inspect.signature(part).parameters else 1)
+        compressor = part(**accepted(part, {**budget, "rounds": rounds}))
+        result = compressor.compress(model, tuning, **accepted(compressor.compress, budget))
+    else:
         tuning = FineTuning(setup, lr, calls=1)
         result = part(model, density, tuning)
-    else:
-        rounds = max(1, math.ceil(math.log(density) / math.log(PACE)))
-        takes = inspect.signature(part).parameters
-        counted = "rounds" in takes and not {"density", "sparsity"} & set(takes)
-        tuning = FineTuning(setup, lr, calls=rounds if counted else 1)
-        budget = {"density": density, "sparsity": 1 - density} | ({"rounds": rounds} if counted else {})
-        result = part(**accepted(part, budget)).compress(model, tuning)
     smaller = result[0] if isinstance(result, tuple) else result
     if not isinstance(smaller, nn.Module):
         raise TypeError(f"a compressor must return a module, or a module and its report, got {type(result).__name__}")

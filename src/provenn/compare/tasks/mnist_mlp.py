@@ -32,8 +32,8 @@ TASK = Task(
     summary="perceptron 784–128–64–10 on MNIST, batch 64: 10 000 images, 5 epochs; on a GPU 55 000 images, 15 epochs",
     kinds={"optim": {"lr": LogUniform(1e-4, 1.0)}, "compress": {"lr": LogUniform(1e-4, 1e-1)}},
     scales={
-        "cpu": Scale(model, partial(split, 10_000), batch_size=64, epochs=5, fine_tuning_epochs=2),
-        "cuda": Scale(model, partial(split, 55_000), batch_size=64, epochs=15, fine_tuning_epochs=5),
+        "cpu": Scale(model, partial(split, 10_000), batch_size=64, epochs=5, fine_tuning_epochs=5),
+        "cuda": Scale(model, partial(split, 55_000), batch_size=64, epochs=15, fine_tuning_epochs=15),
     },
     reference=0.1,
 )
