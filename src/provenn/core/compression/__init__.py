@@ -1,0 +1,1 @@
+"""Masks, prune loops and what else compressors share."""
