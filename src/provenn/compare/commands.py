@@ -64,8 +64,9 @@ def _run(comparison: Comparison, workers: int | None, timeout: float) -> tuple[l
     from provenn.compare.running import run_comparison
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = workers or (1 if comparison.device.startswith("cuda") else cores)
-    executor = Workers(_at_least("workers", count, 1), max(1, cores // count), timeout)
+    default = 1 if comparison.device.startswith("cuda") else cores
+    count = default if workers is None else _at_least("workers", workers, 1)
+    executor = Workers(count, max(1, cores // count), timeout)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TimeRemainingColumn())
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
