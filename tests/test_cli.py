@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from provenn import cli
 from provenn.catalog import scaffold
 from provenn.catalog.card import AREAS, cards
+from provenn.catalog.tree import module_path, public_names
 
 CATALOGUE = [
     ["list"], ["search", "sparse attention"], ["show", "diffgrad"], ["cite", "diffgrad"], ["status"],
@@ -290,6 +291,14 @@ def test_parts_that_are_not_built_end_a_command_clearly(monkeypatch: pytest.Monk
     done = invoke("walk")
     assert done.exit_code == 3
     assert "provenn.optim.Walk is not built yet" in done.stderr
+
+
+def test_the_modules_that_are_there_have_the_commands():
+    missing = [
+        name for name, (module, _) in cli.ELSEWHERE.items()
+        if module_path(module) is not None and name not in public_names(module)
+    ]  # fmt: skip
+    assert missing == []
 
 
 def test_both_ways_in_are_the_same():
