@@ -147,7 +147,7 @@ class Ledger:
         """Return every finished cell of a run."""
         query = sa.select(_CELLS).where(*_of(run)).order_by(_CELLS.c.id)
         with in_words(self.name), self._engine.connect() as connection:
-            rows = connection.execute(query).mappings().all()
+            rows = [row._asdict() for row in connection.execute(query)]
         return {_key(row): _record(row, self.name) for row in rows}
 
     def has(self, run: RunKey, key: CellKey) -> bool:
@@ -203,12 +203,9 @@ class Ledger:
 
     def _prepare(self) -> None:
         version = self._version()
-        if version is None:
+        if version is None:  # new, or its making was cut short
             self._create()
-            version = self._version()
-        if version is None or version < 1:
-            raise LedgerCorruptError(f"the ledger {self.name} has no schema version; move it away to begin a new one")
-        if version > SCHEMA_VERSION:
+        elif version > SCHEMA_VERSION:
             raise LedgerNewerError(
                 f"the ledger {self.name} has schema version {version}, and this provenn knows versions up to"
                 f" {SCHEMA_VERSION}: update provenn, or set PROVENN_DB to another file"
@@ -237,7 +234,7 @@ def _url(address: str) -> URL:
         return URL.create("sqlite", database=str(Path(address).expanduser()))
     try:
         url = make_url(address)
-    except sa.exc.ArgumentError as error:
+    except (sa.exc.ArgumentError, ValueError) as error:
         raise LedgerAddressError(f"PROVENN_DB {address!r} is neither a path nor a URL: {error}") from error
     if url.drivername in ("postgresql", "postgres"):
         url = url.set(drivername="postgresql+psycopg")
@@ -292,11 +289,11 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _key(row: sa.RowMapping) -> CellKey:
+def _key(row: Mapping[str, Any]) -> CellKey:
     return CellKey(row["study"], row["arm"], row["settings"], row["seed"], bool(row["tuning"]))
 
 
-def _record(row: sa.RowMapping, name: str) -> Record:
+def _record(row: Mapping[str, Any], name: str) -> Record:
     try:
         curves = {curve: tuple((x, y) for x, y in points) for curve, points in json.loads(row["curves"]).items()}
         return Record(
