@@ -161,9 +161,7 @@ def _bias_term(
     return float(bias)
 
 
-def _chosen_backend(
-    backend: str, q: Tensor, k: Tensor, v: Tensor, terms: ScoreTerms, dropout_p: float
-) -> str:
+def _chosen_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, terms: ScoreTerms, dropout_p: float) -> str:
     if backend in ("reference", "blocked"):
         return backend
     if backend == "auto" and dropout_p > 0:

@@ -47,7 +47,7 @@ def _weights(
 
 @triton.jit
 def _forward_kernel(
-    Q, K, V, O, SLOPES, BIAS, BIAS_INDEX, MASK_AT, MASK_INDEX,
+    Q, K, V, OUT, SLOPES, BIAS, BIAS_INDEX, MASK_AT, MASK_INDEX,
     queries, keys, scale, constant, bias_stride, mask_stride, mask_row, mask_column,
     D: tl.constexpr, E: tl.constexpr, HEAD: tl.constexpr, VALUE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, HAS_SLOPES: tl.constexpr, HAS_BIAS: tl.constexpr, BIAS_ROWS: tl.constexpr,
@@ -68,7 +68,7 @@ def _forward_kernel(
     Q += head * queries * D
     K += head * keys * D
     V += head * keys * E
-    O += head * queries * E
+    OUT += head * queries * E
     q = tl.load(Q + rows[:, None] * D + d[None, :], mask=(rows < queries)[:, None] & (d < D)[None, :], other=0.0)
     total = tl.zeros((ROWS, VALUE), tl.float32)
     end = keys
@@ -85,7 +85,7 @@ def _forward_kernel(
         )  # fmt: skip
         total += tl.dot(p.to(v.dtype), v, input_precision="ieee")
     where = (rows < queries)[:, None] & (e < E)[None, :]
-    tl.store(O + rows[:, None] * E + e[None, :], total.to(O.dtype.element_ty), mask=where)
+    tl.store(OUT + rows[:, None] * E + e[None, :], total.to(OUT.dtype.element_ty), mask=where)
 
 
 @triton.jit
@@ -133,9 +133,7 @@ def _query_gradient_kernel(
         ds = tl.dot(do, tl.trans(v), input_precision="ieee") * p * (1 - p)
         dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
         drow += tl.sum(ds, axis=1)
-    tl.store(
-        DQ + rows[:, None] * D + d[None, :], (dq * scale).to(DQ.dtype.element_ty), mask=inside & (d < D)[None, :]
-    )
+    tl.store(DQ + rows[:, None] * D + d[None, :], (dq * scale).to(DQ.dtype.element_ty), mask=inside & (d < D)[None, :])
     tl.store(DROW + head * queries + rows, drow, mask=rows < queries)
 
 
@@ -206,21 +204,24 @@ class _Launch:
         if kind == 1:
             mask = mask.view(torch.uint8)
         absent = self.q  # a pointer that no switched-off branch follows
+        # Contiguous, as the kernels read them: an index or slope shared by all heads comes as a view of stride 0.
         self.operands = [
-            absent if one is None else one for one in (slopes, bias, bias_index, mask, mask_index)
-        ]  # fmt: skip
+            absent if one is None else one.contiguous() for one in (slopes, bias, bias_index, mask, mask_index)
+        ]
         self.numbers = [
             self.queries, self.keys, scale, constant,
             0 if bias is None else bias.stride(0),
             *((0, 0, 0) if mask is None else (mask.stride(0), _step(mask, 1), _step(mask, 2))),
         ]  # fmt: skip
         head, value = (max(16, triton.next_power_of_2(size)) for size in (d, e))
-        side = 32 if q.dtype == torch.float32 and max(head, value) > 64 else 64  # what shared memory holds
+        # Sizes whose tiles fit the 99 KB of shared memory that any recent GPU gives a program.
+        side, stages = (32 if max(head, value) > 32 else 64, 2) if q.dtype == torch.float32 else (64, 3)
         self.rows = self.columns = side
         self.switches = {
             "D": d, "E": e, "HEAD": head, "VALUE": value, "ROWS": side, "COLUMNS": side,
             "HAS_SLOPES": slopes is not None, "HAS_BIAS": bias is not None,
             "BIAS_ROWS": bias is not None and bias.shape[1] > 1, "MASK": kind, "CAUSAL": causal,
+            "num_stages": stages,
         }  # fmt: skip
 
     def run(self, kernel: object, tiles: int, *tensors: Tensor) -> None:
@@ -235,7 +236,6 @@ def _step(mask: Tensor, dim: int) -> int:
     return 0 if mask.shape[dim] == 1 else mask.stride(dim)
 
 
-@torch.library.custom_op("provenn::triton_sigmoid_attention", mutates_args=())
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, bias_index: Tensor | None, mask: Tensor | None,
     mask_index: Tensor | None, slopes: Tensor | None, activation: str, scale: float, constant: float, causal: bool,
@@ -247,12 +247,6 @@ def _forward(
     return output
 
 
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: object) -> Tensor:
-    return v.new_empty(q.shape[0], q.shape[1], v.shape[2])
-
-
-@torch.library.custom_op("provenn::triton_sigmoid_attention_backward", mutates_args=())
 def _backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, bias_index: Tensor | None,
     mask: Tensor | None, mask_index: Tensor | None, slopes: Tensor | None, activation: str, scale: float,
@@ -271,15 +265,6 @@ def _backward(
     by_row = drow.unsqueeze(2) if bias.shape[1] > 1 else drow.sum(dim=1).reshape(-1, 1, 1)
     dbias = torch.zeros_like(bias, dtype=torch.float32).index_add_(0, bias_index, by_row).to(bias.dtype)
     return [dq, dk, dv, dbias, nothing]
-
-
-@_backward.register_fake
-def _(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *rest: object
-) -> list[Tensor]:  # fmt: skip
-    dbias = torch.empty_like(bias) if rest[-2] and bias is not None else q.new_empty(0)
-    shapes = (torch.empty_like(one, memory_format=torch.contiguous_format) for one in (q, k, v))
-    return [*shapes, dbias, q.new_empty(0)]
 
 
 register_kernel("triton", _forward, _backward)

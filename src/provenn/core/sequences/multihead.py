@@ -1,8 +1,9 @@
-"""Everything around the attention itself: the call of ``nn.MultiheadAttention``, projections, norms, rotary positions."""
+"""What surrounds attention: the call of ``nn.MultiheadAttention``, projections, norms, rotary positions."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -76,7 +77,7 @@ class MultiheadLayer(nn.Module):
         if layer_scale is not None:
             check_number("layer_scale", layer_scale)
         self.causal, self.rope, self.dropout, self.batch_first = causal, rope, dropout, batch_first
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.kdim, self.vdim = kdim or embed_dim, vdim or embed_dim
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=projection_bias, **place)
         self.k_proj = nn.Linear(self.kdim, embed_dim, bias=projection_bias, **place)

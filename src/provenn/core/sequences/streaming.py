@@ -1,8 +1,8 @@
 """Attention in blocks as one differentiable operation: no L · S tensor is made, or kept for the backward pass.
 
-The two passes are registered operators, opaque to ``torch.compile`` and ``torch.export`` (a loop over blocks would
-unroll), wrapped in one ``autograd.Function`` that ``torch.func`` can transform. Another kernel of the same signature,
-such as one for a GPU, joins by :func:`register_kernel`.
+The two passes make one ``autograd.Function`` that ``torch.func`` can transform; ``torch.compile`` and ``torch.export``
+see them as operators that they do not look into, since a loop over blocks would unroll. Another kernel, such as one
+for a GPU, joins by :func:`register_kernel`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ BLOCK = 2**20
 """Scores alive at once: 4 MB in float32, what a processor's cache holds, whatever batch, heads and lengths."""
 
 
-@torch.library.custom_op("provenn::blocked_attention", mutates_args=())
-def _forward(
+def _blocked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -41,13 +40,7 @@ def _forward(
     return forward_pass(problem, v, size)
 
 
-@_forward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return v.new_empty(q.shape[0], q.shape[1], v.shape[2])
-
-
-@torch.library.custom_op("provenn::blocked_attention_backward", mutates_args=())
-def _backward(
+def _blocked_backward(
     gradient: Tensor,
     q: Tensor,
     k: Tensor,
@@ -69,8 +62,43 @@ def _backward(
     return backward_pass(problem, v, gradient, size, [needs_bias, needs_mask])
 
 
-@_backward.register_fake
-def _(
+Forward = Callable[..., Tensor]
+Backward = Callable[..., list[Tensor]]
+
+
+class Kernel(NamedTuple):
+    """The two passes of a kernel, as functions and as operators that compilers do not look into."""
+
+    forward: Forward
+    backward: Backward
+    forward_operator: Forward
+    backward_operator: Backward
+
+
+_KERNELS: dict[str, Kernel] = {}
+
+
+def register_kernel(name: str, forward: Forward, backward: Backward) -> None:
+    """Make a kernel known to :func:`streaming_attention`.
+
+    Args:
+        name: Its name.
+        forward: Takes what the blocked forward pass takes.
+        backward: Takes what the blocked backward pass takes; returns contiguous gradients by q, k, v, bias and mask,
+            the last two empty where not wanted.
+    """
+    forward_operator = torch.library.custom_op(f"provenn::{name}_attention", forward, mutates_args=())
+    backward_operator = torch.library.custom_op(f"provenn::{name}_attention_backward", backward, mutates_args=())
+    forward_operator.register_fake(_forward_shape)
+    backward_operator.register_fake(_backward_shapes)
+    _KERNELS[name] = Kernel(forward, backward, forward_operator, backward_operator)
+
+
+def _forward_shape(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return v.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+def _backward_shapes(
     gradient: Tensor,
     q: Tensor,
     k: Tensor,
@@ -85,25 +113,7 @@ def _(
     return [*(torch.empty_like(one, memory_format=torch.contiguous_format) for one in (q, k, v)), *extra]
 
 
-class Kernel(NamedTuple):
-    """The two passes of a kernel: operators with the signatures of the blocked ones."""
-
-    forward: Callable[..., Tensor]
-    backward: Callable[..., list[Tensor]]
-
-
-_KERNELS = {"blocked": Kernel(_forward, _backward)}
-
-
-def register_kernel(name: str, forward: Callable[..., Tensor], backward: Callable[..., list[Tensor]]) -> None:
-    """Make another kernel known to :func:`streaming_attention`.
-
-    Args:
-        name: Its name.
-        forward: Takes what the blocked forward operator takes.
-        backward: Takes what the blocked backward operator takes.
-    """
-    _KERNELS[name] = Kernel(forward, backward)
+register_kernel("blocked", _blocked, _blocked_backward)
 
 
 def streaming_attention(
@@ -183,7 +193,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
-        return _KERNELS[arguments[-1]].forward(*arguments[:-1])
+        kernel = _KERNELS[arguments[-1]]
+        run = kernel.forward_operator if torch.compiler.is_compiling() else kernel.forward
+        return run(*arguments[:-1])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -213,7 +225,9 @@ class _AttentionBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return tuple(_KERNELS[arguments[-1]].backward(*arguments[:-1]))
+        kernel = _KERNELS[arguments[-1]]
+        run = kernel.backward_operator if torch.compiler.is_compiling() else kernel.backward
+        return tuple(run(*arguments[:-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
