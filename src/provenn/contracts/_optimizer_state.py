@@ -162,15 +162,18 @@ def check_in_place(case: OptimizerCase) -> None:
 
 
 @contextlib.contextmanager
-def _tracing() -> Iterator[None]:
-    running = tracemalloc.is_tracing()
-    if not running:
+def _watching_new_objects() -> Iterator[None]:
+    """Trace allocations inside, and let the collector see only the objects that are made inside."""
+    tracing = tracemalloc.is_tracing()
+    gc.freeze()
+    if not tracing:
         tracemalloc.start()
     try:
         yield
     finally:
-        if not running:
+        if not tracing:
             tracemalloc.stop()
+        gc.unfreeze()
 
 
 def check_memory(case: OptimizerCase) -> None:
@@ -179,7 +182,8 @@ def check_memory(case: OptimizerCase) -> None:
     optimizer = case.make(problem.parameters)
     take_steps(case, problem, optimizer, case.warmup_steps)
     sizes, blocks = [], []
-    with plain_signatures(), seeded(0), _tracing():  # seeding once: torch keeps a stack trace of every seeding
+    # seeded once, since torch keeps a stack trace of every seeding
+    with plain_signatures(), seeded(0), _watching_new_objects():
         for _ in range(5):
             advance(case, problem, optimizer, 50)
             gc.collect()
