@@ -423,7 +423,8 @@ def test_one_shot_ranks_by_the_dense_model():
 
 
 def test_target_is_met_exactly():
-    for scope, target in itertools.product(("global", "layer", "neuron"), (0.5, 0.13)):
+    # Rows of six weights cannot go down to 13 %: the bound is rounded up to a whole weight.
+    for scope, target in (("global", 0.5), ("global", 0.13), ("layer", 0.5), ("layer", 0.13), ("neuron", 0.5)):
         torch.manual_seed(0)
         pruned, report = SAPPruner(eta=0.2, scope=scope).compress(network(), fit, remaining=target)
         assert report.rounds[-1].remaining == math.floor(target * (6 * 16 + 16 * 3))

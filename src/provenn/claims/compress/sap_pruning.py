@@ -100,30 +100,26 @@ def _no_loss(model: nn.Module, *batch: Tensor) -> Tensor:
 
 def _task(trial: Trial) -> dict[str, Tensor]:
     """Flattened images in [0, 1]: scikit-learn's digits at the smoke tier, MNIST at the others."""
-    if trial.budget["data"] == "digits":
-        table = data.load("digits")
-        assert isinstance(table, data.TableBundle)
-        x, y = torch.from_numpy(table.x).float() / 16, torch.from_numpy(table.y).long()
-        kept = torch.randperm(len(x), generator=generator("sap-pruning", "split"))
-        x, y, x_test, y_test = x[kept[:1300]], y[kept[:1300]], x[kept[1300:]], y[kept[1300:]]
+    name, size, held_out = str(trial.budget["data"]), int(trial.budget["train"]), int(trial.budget["validation"])
+    bundle = data.load(name)
+    if isinstance(bundle, data.ImageBundle):
+        x, y, x_test, y_test = bundle.x_train, bundle.y_train, bundle.x_test, bundle.y_test
     else:
-        images = data.load(str(trial.budget["data"]))
-        assert isinstance(images, data.ImageBundle)
-        x, y = torch.from_numpy(images.x_train).flatten(1).float() / 255, torch.from_numpy(images.y_train).long()
-        x_test = torch.from_numpy(images.x_test).flatten(1).float() / 255
-        y_test = torch.from_numpy(images.y_test).long()
-        kept = torch.randperm(len(x), generator=generator("sap-pruning", "split"))
-        x, y = x[kept], y[kept]
-    size, held_out = int(trial.budget["train"]), int(trial.budget["validation"])
-    task = {
-        "x_train": x[:size],
-        "y_train": y[:size],
-        "x_validation": x[size : size + held_out],
-        "y_validation": y[size : size + held_out],
-        "x_test": x_test,
-        "y_test": y_test,
+        assert isinstance(bundle, data.TableBundle)
+        x, x_test = bundle.x[:1300], bundle.x[1300:]
+        y, y_test = bundle.y[:1300], bundle.y[1300:]
+    picked = torch.randperm(len(x), generator=generator("sap-pruning", "split"))[: size + held_out].numpy()
+    parts = {
+        "train": (x[picked[:size]], y[picked[:size]]),
+        "validation": (x[picked[size:]], y[picked[size:]]),
+        "test": (x_test, y_test),
     }
-    return {name: tensor.to(trial.device) for name, tensor in task.items()}
+    brightest = float(x_test.max())
+    task = {}
+    for part, (images, labels) in parts.items():
+        task[f"x_{part}"] = (torch.from_numpy(images).flatten(1).float() / brightest).to(trial.device)
+        task[f"y_{part}"] = torch.from_numpy(labels).long().to(trial.device)
+    return task
 
 
 def area(densities: Sequence[float], accuracies: Sequence[float], chance: float = 0.1) -> float:
