@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,8 +85,10 @@ def misbehave(trial: Trial) -> Iterator[Event]:
             raise RuntimeError("the reason of it")
         if trial.arm == "diverges":
             yield Metric("score", float("nan"))
+            return
         if trial.arm == "overflows":
             yield Metric("score", float("inf"))
+            return
         if trial.arm == "silent":
             return
         if trial.arm == "other":
@@ -92,8 +96,7 @@ def misbehave(trial: Trial) -> Iterator[Event]:
             return
         if trial.arm == "wrong":
             yield 3.0  # type: ignore[misc]
-    if trial.arm != "diverges" or trial.seed != 1 or mended:
-        yield Metric("score", float(trial.seed) + (trial.arm == "method"))
+    yield Metric("score", float(trial.seed) + (trial.arm == "method"))
 
 
 def chatter(trial: Trial) -> Iterator[Event]:
@@ -174,3 +177,25 @@ def no_judge(evidence: Evidence) -> Verdict:
 
 JUDGE_RAISES = claim("fake-judge-raises", Study(PAIR, TIERS), judge=no_judge)
 NOT_A_CLAIM = 3
+
+
+def hungry(trial: Trial) -> Iterator[Event]:
+    """Seed 0 of the method fills 200 MB."""
+    if trial.seed == 0 and trial.arm == "method":
+        yield Metric("filled", float(np.ones(200_000_000, dtype=np.uint8).sum()))
+    yield Metric("score", float(trial.seed))
+
+
+HUNGRY = claim("fake-hungry", Study(PAIR, {"small": Tier(2)}), run=hungry)
+
+
+def parental(trial: Trial) -> Iterator[Event]:
+    """Seed 1 starts a process of its own, and hangs."""
+    if trial.seed == 1 and trial.arm == "method":
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        Path(os.environ["FAKE_TRACE"]).write_text(str(child.pid))
+        child.wait()
+    yield Metric("score", float(trial.seed))
+
+
+PARENTAL = claim("fake-parental", Study(PAIR, {"small": Tier(2)}), run=parental)

@@ -28,6 +28,8 @@ from provenn.claims.errors import WorkerStartError
 
 _SPAWN = multiprocessing.get_context("spawn")
 _OUTPUT_KEPT = 4096
+START_SECONDS = 300.0
+"""How long a worker may take to start, and to import torch and the claim."""
 
 
 class Executor(Protocol):
@@ -92,7 +94,7 @@ class Workers:
 
     def wait(self) -> list[Message]:
         busy = [worker for worker in self._workers if worker.job is not None]
-        patience = min(worker.last_sign + self._timeout for worker in busy) - time.monotonic()
+        patience = min(worker.deadline(self._timeout) for worker in busy) - time.monotonic()
         wait([source for worker in busy for source in worker.sources], max(0.0, patience))
         messages = [message for worker in busy for message in worker.collect(self._timeout)]
         self._workers = [worker for worker in self._workers if worker.alive]
@@ -134,6 +136,10 @@ class _Worker:
         with contextlib.suppress(BrokenPipeError):  # it died idle: `collect` says so
             self._pipe.send(job)
 
+    def deadline(self, timeout: float) -> float:
+        """Return when the worker counts as hung; importing torch and the claim is given its own time."""
+        return self.last_sign + (timeout if self._ready else max(timeout, START_SECONDS))
+
     def collect(self, timeout: float) -> list[Message]:
         """Return what arrived; a worker that died or hangs fails its cell."""
         ended = not self._process.is_alive()  # asked first: what it sent before it died is read below
@@ -143,7 +149,7 @@ class _Worker:
             return messages
         if ended:
             messages.append(self._lost(_death(self._process.exitcode or 0)))
-        elif time.monotonic() - self.last_sign > timeout:
+        elif time.monotonic() > self.deadline(timeout):
             self.kill()
             messages.append(self._lost(f"hung: no event for {timeout:g} s, killed"))
         return messages
@@ -230,14 +236,16 @@ def _serve(pipe: Connection, output: Connection, threads: int, parent: int, path
     except Exception:
         pipe.send(traceback.format_exc())
         return
-    pipe.send(None)
     while True:
         try:
             job = pipe.recv()
         except EOFError:
             return
         hindrance = _hindrance(job)
-        for message in [hindrance] if hindrance else run_cell(job):
+        pipe.send(hindrance)
+        if hindrance:
+            return
+        for message in run_cell(job):
             pipe.send(message)
 
 
