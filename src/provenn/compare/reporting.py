@@ -22,6 +22,7 @@ from provenn.compare.lookup import find_kind, find_task
 from provenn.compare.plotting import draw
 from provenn.compare.ranking import Row
 from provenn.compare.running import Comparison
+from provenn.core.experiment.statistics import Interval
 
 COLUMNS = ("rank", "part", "score", "behind the leader", "settings", "steps")
 
@@ -36,8 +37,15 @@ def _cells(row: Row) -> tuple[str, ...]:
     settings = ", ".join(f"{name} {value:.3g}" for name, value in one.settings.items()) or "defaults"
     if row.rank is None or row.score is None:
         return ("–", one.part, f"failed: {one.failure}", "", settings if one.settings else "", "")
-    behind = "" if row.behind is None else str(row.behind) if row.beaten else f"{row.behind}, not told apart"
-    return (str(row.rank), one.part, str(row.score), behind, settings, str(one.runs[0].steps))
+    behind = ""
+    if row.behind is not None:
+        behind = _shown(row.behind, row) + ("" if row.beaten else ", not told apart")
+    return (str(row.rank), one.part, _shown(row.score, row), behind, settings, str(one.runs[0].steps))
+
+
+def _shown(interval: Interval, row: Row) -> str:
+    """Return a figure with its interval, which one seed does not have."""
+    return str(interval) if len(row.result.runs) > 1 else f"{interval.estimate:.4g}"
 
 
 def table(comparison: Comparison, rows: Sequence[Row]) -> Table:

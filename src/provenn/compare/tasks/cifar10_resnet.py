@@ -36,7 +36,7 @@ TASK = Task(
     kinds={"optim": {"lr": LogUniform(1e-4, 1.0)}, "compress": {"lr": LogUniform(1e-4, 1e-1)}},
     scales={
         "cpu": Scale(
-            partial(resnet, (16, 32, 64), 1, 3), partial(split, 4000, 1000, 2000), 64, epochs=4, fine_tuning_epochs=2
+            partial(resnet, (8, 16, 32), 1, 3), partial(split, 4000, 1000, 2000), 64, epochs=4, fine_tuning_epochs=2
         ),
         "cuda": Scale(
             partial(resnet, (64, 128, 256, 512), 2, 3),
