@@ -56,10 +56,21 @@ class _Products(TorchDispatchMode):
         return out
 
 
+def evaluate(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Return the outputs in eval mode, without gradients; the modes of the model's parts are put back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            return tensors_in(model.eval()(*inputs))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def count(model: nn.Module, inputs: Inputs) -> dict[str, int]:
     """Count a model's parameters, those that are not zero, multiply-accumulates of one call, and bytes."""
-    with _Products() as products, torch.no_grad():
-        model(*inputs)
+    with _Products() as products:
+        evaluate(model, inputs)
     held = [*model.parameters(), *model.buffers()]
     return {
         "params": sum(prod(p.shape) for p in model.parameters()),
@@ -143,8 +154,7 @@ def check_output_works(case: CompressorCase) -> None:
     """The output takes the original's inputs, and gives finite outputs of the same shape and dtype."""
     inputs, model = _inputs(case), _model(case)
     smaller, _ = _compress(case, model)
-    with torch.no_grad():
-        found, usual = tensors_in(smaller(*inputs)), tensors_in(model(*inputs))
+    found, usual = evaluate(smaller, inputs), evaluate(model, inputs)
     kinds = [[(tuple(t.shape), t.dtype) for t in outputs] for outputs in (found, usual)]
     expect(kinds[0] == kinds[1], f"the outputs are {kinds[0]}, the original's {kinds[1]}")
     expect(all(t.isfinite().all() for t in found), "an output is not finite")
@@ -174,8 +184,7 @@ def check_plain_output(case: CompressorCase) -> None:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         expect(done.returncode == 0, f"loading it without provenn failed: {done.stderr.strip()[-300:]}")
         output = torch.load(Path(folder, "output.pt"))
-    with torch.no_grad():
-        error = error_between(output, smaller(*inputs))
+    error = error_between(output, evaluate(smaller, inputs))
     expect(error < 1e-5, f"the loaded output differs by {error:.3g}")
 
 
@@ -200,9 +209,8 @@ def check_compress_again(case: CompressorCase) -> None:
     expect(not changed, f"compressing again changed {', '.join(changed)} of the first output")
     grown = [name for name in case.budget if count(twice, inputs)[name] > size[name]]
     expect(not grown, f"the second time {', '.join(grown)} grew")
-    with torch.no_grad():
-        outputs: list[Tensor] = tensors_in(twice(*inputs))
-    expect(all(t.isfinite().all() for t in outputs), "the output of the twice compressed model is not finite")
+    finite = all(t.isfinite().all() for t in evaluate(twice, inputs))
+    expect(finite, "the output of the twice compressed model is not finite")
 
 
 CHECKS: dict[str, Callable[[CompressorCase], None]] = {
