@@ -8,8 +8,8 @@ from typing import Any
 
 import pytorch_optimizer
 import torch
-from benchmarks.timing import alternate
 
+from benchmarks.timing import alternate
 from provenn.optim import DiffGrad
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -43,11 +43,11 @@ def measure() -> dict[str, Any]:
     }
 
 
-def _parameters(tensors: int, size: int) -> list[torch.nn.Parameter]:
+def _parameters(tensors: int, size: int, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     draws = torch.Generator().manual_seed(0)
-    params = [torch.nn.Parameter(torch.randn(size, generator=draws)) for _ in range(tensors)]
+    params = [torch.nn.Parameter(torch.randn(size, generator=draws, dtype=dtype)) for _ in range(tensors)]
     for param in params:
-        param.grad = torch.randn(size, generator=draws)
+        param.grad = torch.randn(size, generator=draws, dtype=dtype)
     return params
 
 
@@ -56,12 +56,12 @@ def _stepper(make: Make, tensors: int, size: int) -> Callable[[], Any]:
 
 
 def _largest_difference(first: Make, second: Make) -> float:
-    lists = [_parameters(3, 1000) for _ in range(2)]
+    lists = [_parameters(3, 1000, torch.float64) for _ in range(2)]
     optimizers = [make(params) for make, params in zip((first, second), lists, strict=True)]
     draws = torch.Generator().manual_seed(1)
     for _ in range(50):
         for pair in zip(*lists, strict=True):
-            gradient = torch.randn(1000, generator=draws)
+            gradient = torch.randn(1000, generator=draws, dtype=torch.float64)
             for param in pair:
                 param.grad = gradient.clone()
         for optimizer in optimizers:
