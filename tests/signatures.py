@@ -44,9 +44,10 @@ class _OffWhileTracing(type(jaxtyping.config)):
         self.disabled = disabled
 
 
-def install(package: str) -> None:
-    """Check the signatures of a package that is not imported yet."""
-    disabled = jaxtyping.config.__dict__.pop("jaxtyping_disable")
-    jaxtyping.config.__class__ = _OffWhileTracing
-    jaxtyping.config.jaxtyping_disable = disabled
-    jaxtyping.install_import_hook(package, "signatures.after_return")
+def install(package: str) -> Any:
+    """Check the signatures of a package that is not imported yet; the result's ``uninstall`` ends it."""
+    if not isinstance(jaxtyping.config, _OffWhileTracing):
+        disabled = jaxtyping.config.__dict__.pop("jaxtyping_disable")
+        jaxtyping.config.__class__ = _OffWhileTracing
+        jaxtyping.config.jaxtyping_disable = disabled
+    return jaxtyping.install_import_hook(package, "signatures.after_return")

@@ -275,3 +275,12 @@ def test_attention_is_counted_by_hand():
 
     query, key, value = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
     assert count(Attention(), (query, key, value))["macs"] == 2 * 3 * 5 * 7 * (8 + 8)
+
+
+def test_counting_leaves_batch_statistics_and_modes_alone():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    model[2].eval()
+    before = copy.deepcopy(model.state_dict())
+    count(model, (torch.randn(5, 6),))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == [True, True, True, False]

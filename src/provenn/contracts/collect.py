@@ -76,7 +76,7 @@ def mismatches(cases: list[Case]) -> list[str]:
     missing = [f"{part.name} ({part.kind}) is built and has no case" for part in built if part.name not in covered]
     unknown = [f"{case.part} has a case and is in no card" for case in cases if case.part not in named]
     wrong = [
-        f"{case.part} is a {named[case.part]} and its case is of a {case.kind}"
+        f"{case.part} is of kind {named[case.part]} and its case of kind {case.kind}"
         for case in cases
         if case.part in named and case.kind != kind_to_meet(named[case.part])
     ]

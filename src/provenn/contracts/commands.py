@@ -61,7 +61,7 @@ def examine(paper: Card, console: Console) -> dict[str, dict[str, Any]]:
     if str(TESTS) not in sys.path:
         sys.path.append(str(TESTS))  # test files import their helpers from there
     parts: dict[str, dict[str, Any]] = {}
-    for case in cases_of(paper):
+    for case in cases_of(paper, TESTS):
         found = parts.setdefault(case.part, {"checks": 0, "failed": [], "excluded": {}})
         prefix = f"{case.label}: " if case.label else ""
         found["excluded"].update({prefix + name: reason for name, reason in exclusions_of(case).items()})
