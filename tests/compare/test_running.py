@@ -64,10 +64,12 @@ def test_seeds_differ_in_weights_order_and_augmentation_and_tuning_has_its_own(l
     per_epoch = planted.STEPS // planted.EPOCHS
     epochs = [torch.cat(seeds[0].batches[i : i + per_epoch]) for i in range(0, planted.STEPS, per_epoch)]
     train = planted.data().x_train
-    for epoch in epochs:
-        nearest = torch.cdist(epoch, train).argmin(dim=1)
-        assert sorted(nearest.tolist()) == list(range(planted.SAMPLES))
-    assert not torch.equal(epochs[0], epochs[1])
+    orders = [torch.cdist(epoch, train).argmin(dim=1).tolist() for epoch in epochs]
+    assert all(sorted(order) == list(range(planted.SAMPLES)) for order in orders)
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    noise = [epoch - train[order] for epoch, order in zip(epochs, orders, strict=True)]
+    assert not torch.equal(noise[0], noise[1])
+    assert not torch.equal(noise[1], noise[2])
 
 
 def test_tuning_sees_validation_data_alone_and_seeds_test_data_alone(log) -> None:
