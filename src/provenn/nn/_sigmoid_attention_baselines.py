@@ -46,7 +46,7 @@ class ReluAttention(SigmoidAttention):
 def unbiased_terms(layer: SigmoidAttention, mask: Mask | None, causal: bool) -> ScoreTerms:
     """Return the layer's score terms without its bias."""
     scale = layer.sharpness / math.sqrt(layer.head_dim)
-    slopes = None if layer.slopes is None else layer.slopes * layer.sharpness
+    slopes = layer.slopes(layer.q_proj.weight)
     return ScoreTerms(scale=scale, mask=mask, causal=causal, alibi_slopes=slopes)
 
 

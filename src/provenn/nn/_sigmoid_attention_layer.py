@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_choice, check_integer, check_number
+from provenn.core.sequences.attention import wide
 from provenn.core.sequences.masks import Mask
 from provenn.core.sequences.multihead import MultiheadLayer
 from provenn.core.sequences.positions import alibi_slopes
@@ -107,10 +108,10 @@ class SigmoidAttention(MultiheadLayer):
             check_integer("max_length", max_length, at_least=1)
         check_number("temperature", temperature)
         check_choice("backend", backend, BACKENDS)
-        self.bias, self.max_length, self.temperature, self.backend = bias, max_length, temperature, backend
+        self.bias, self.max_length, self.alibi = bias, max_length, alibi
+        self.temperature, self.backend = temperature, backend
         learned = nn.Parameter(torch.full((), -10.0, device=device, dtype=dtype)) if bias == "learnable" else None
         self.register_parameter("learned_bias", learned)
-        self.register_buffer("slopes", alibi_slopes(num_heads, device, dtype) if alibi else None, persistent=False)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, causal: bool, need_weights: bool
@@ -125,7 +126,7 @@ class SigmoidAttention(MultiheadLayer):
             self.sharpness / math.sqrt(self.head_dim),
             self.backend if self._dropout_p == 0 else "reference",
             causal,
-            self._steepness(),
+            self.slopes(q),
             self._dropout_p,
             need_weights,
         )
@@ -146,8 +147,11 @@ class SigmoidAttention(MultiheadLayer):
             return -math.log(self.max_length)
         return self.bias
 
-    def _steepness(self) -> Tensor | None:
-        return None if self.slopes is None else self.slopes * self.sharpness
+    def slopes(self, like: Tensor) -> Tensor | None:
+        """Return e^t m of every head, or ``None`` without ALiBi. Not a buffer: ``.to(dtype)`` must not round it."""
+        if not self.alibi:
+            return None
+        return alibi_slopes(self.num_heads, like.device, wide(like.dtype)) * self.sharpness
 
     def extra_repr(self) -> str:
         """Return what distinguishes this layer when it is printed."""

@@ -5,9 +5,13 @@ maximum or sum to carry, and no row correction in the backward pass: with P the 
 
 σ is computed as 1/(1 + e^(−s)). The authors' ½(1 + tanh(s/2)) is one instruction on a GPU, but its absolute rounding
 error of 6e-8 is large beside weights that start at 1/n.
+
+``no_type_check`` keeps run-time checkers of signatures from wrapping what triton is to compile.
 """
 
 from __future__ import annotations
+
+from typing import no_type_check
 
 import torch
 import triton
@@ -18,6 +22,7 @@ from provenn.core.sequences.streaming import register_kernel
 
 
 @triton.jit
+@no_type_check
 def _weights(
     q, k, rows, columns, queries, keys, scale, constant, slope, bias, mask, mask_row, mask_column,
     HAS_BIAS: tl.constexpr, BIAS_ROWS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -46,6 +51,7 @@ def _weights(
 
 
 @triton.jit
+@no_type_check
 def _forward_kernel(
     Q, K, V, OUT, SLOPES, BIAS, BIAS_INDEX, MASK_AT, MASK_INDEX,
     queries, keys, scale, constant, bias_stride, mask_stride, mask_row, mask_column,
@@ -89,6 +95,7 @@ def _forward_kernel(
 
 
 @triton.jit
+@no_type_check
 def _query_gradient_kernel(
     Q, K, V, DO, DQ, DROW, SLOPES, BIAS, BIAS_INDEX, MASK_AT, MASK_INDEX,
     queries, keys, scale, constant, bias_stride, mask_stride, mask_row, mask_column,
@@ -138,6 +145,7 @@ def _query_gradient_kernel(
 
 
 @triton.jit
+@no_type_check
 def _key_gradient_kernel(
     Q, K, V, DO, DK, DV, SLOPES, BIAS, BIAS_INDEX, MASK_AT, MASK_INDEX,
     queries, keys, scale, constant, bias_stride, mask_stride, mask_row, mask_column,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,7 @@ from provenn.core.sequences.masks import Mask, causal_mask
 Queries = Float[Tensor, "*batch queries head"]
 Keys = Float[Tensor, "*batch keys head"]
 Values = Float[Tensor, "*batch keys value"]
+Outputs = Float[Tensor, "*batch queries value"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,7 @@ ACTIVATIONS = {
 }
 
 
-@dataclass(frozen=True)
-class ScoreTerms:
+class ScoreTerms(NamedTuple):
     """What is added to the scaled products of queries and keys.
 
     Args:
@@ -105,7 +106,7 @@ def attention_scores(q: Queries, k: Keys, terms: ScoreTerms) -> Float[Tensor, "*
 
 def reference_attention(
     q: Queries, k: Keys, v: Values, activation: str, terms: ScoreTerms, dropout_p: float = 0.0
-) -> tuple[Float[Tensor, "*batch queries value"], Float[Tensor, "*batch queries keys"]]:
+) -> tuple[Outputs, Float[Tensor, "*batch queries keys"]]:
     """Attend by plain operations: every transform of torch works, and all L · S weights are held.
 
     Args:

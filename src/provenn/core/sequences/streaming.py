@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, no_type_check
 
 import torch
 from torch import Tensor
 
 from provenn.core.sequences._blocks import Problem, backward_pass, forward_pass
-from provenn.core.sequences.attention import Keys, Queries, ScoreTerms, Values
+from provenn.core.sequences.attention import Keys, Outputs, Queries, ScoreTerms, Values
 
 BLOCK = 2**20
 """Scores alive at once: 4 MB in float32, what a processor's cache holds, whatever batch, heads and lengths."""
@@ -77,6 +77,13 @@ class Kernel(NamedTuple):
 
 _KERNELS: dict[str, Kernel] = {}
 
+_OPERANDS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? bias_index, Tensor? mask, Tensor? mask_index, Tensor? slopes, "
+    "str activation, float scale, float constant, bool causal, int size"
+)
+_FORWARD_SCHEMA = f"({_OPERANDS}) -> Tensor"
+_BACKWARD_SCHEMA = f"(Tensor gradient, {_OPERANDS}, bool needs_bias, bool needs_mask) -> Tensor[]"
+
 
 def register_kernel(name: str, forward: Forward, backward: Backward) -> None:
     """Make a kernel known to :func:`streaming_attention`.
@@ -87,8 +94,11 @@ def register_kernel(name: str, forward: Forward, backward: Backward) -> None:
         backward: Takes what the blocked backward pass takes; returns contiguous gradients by q, k, v, bias and mask,
             the last two empty where not wanted.
     """
-    forward_operator = torch.library.custom_op(f"provenn::{name}_attention", forward, mutates_args=())
-    backward_operator = torch.library.custom_op(f"provenn::{name}_attention_backward", backward, mutates_args=())
+    operator = torch.library.custom_op
+    forward_operator = operator(f"provenn::{name}_attention", forward, mutates_args=(), schema=_FORWARD_SCHEMA)
+    backward_operator = operator(
+        f"provenn::{name}_attention_backward", backward, mutates_args=(), schema=_BACKWARD_SCHEMA
+    )
     forward_operator.register_fake(_forward_shape)
     backward_operator.register_fake(_backward_shapes)
     _KERNELS[name] = Kernel(forward, backward, forward_operator, backward_operator)
@@ -124,7 +134,7 @@ def streaming_attention(
     terms: ScoreTerms,
     kernel: str = "blocked",
     block: int = BLOCK,
-) -> Values:
+) -> Outputs:
     """Attend without holding the weights.
 
     Args:
@@ -188,6 +198,10 @@ def _broadcast_rows(
 _TENSORS = 8  # the leading tensor arguments of both functions' apply, from q to slopes
 
 
+# ``no_type_check`` keeps run-time checkers of signatures out of what compilers trace.
+
+
+@no_type_check
 class _Attention(torch.autograd.Function):
     """Arguments: q, k, v, bias, bias_index, mask, mask_index, slopes, then plain values; the last names the kernel."""
 
@@ -220,6 +234,7 @@ class _Attention(torch.autograd.Function):
         return output.unflatten(0, (size, -1)), 0
 
 
+@no_type_check
 class _AttentionBackward(torch.autograd.Function):
     """Arguments: the gradient by the output, then as above with needs_bias and needs_mask before the kernel's name."""
 
