@@ -11,6 +11,9 @@ from typing import Any
 import psutil
 import torch
 
+from provenn.claims.memory import peak_memory as process_peak
+from provenn.claims.memory import reset_peak
+
 
 def alternate(functions: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Return the median seconds of each function, run by turns in one process.
@@ -74,10 +77,7 @@ def peak_memory(function: Callable[[], Any]) -> int:
 
 
 def _rise(function: Callable[[], Any], pipe: Any) -> None:
-    import resource
-    import sys
-
-    unit = 1 if sys.platform == "darwin" else 1024
+    reset_peak()
     before = psutil.Process().memory_info().rss
     function()
-    pipe.send(max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before))
+    pipe.send(max(0, process_peak() - before))

@@ -65,7 +65,7 @@ CASES = [
         model=network,
         example_inputs=lambda generator: (torch.randn(5, 6, generator=generator),),
         budget={"nonzero": 0.9},
-        compress=lambda pruner, model: pruner.compress(model, fit),
+        compress=lambda pruner, model: pruner.compress(model, fit, example_inputs=(torch.ones(5, 6),)),
         bad_input=(
             BadInput("p", lambda: SAPPruner(p=1.0, q=1.0)),
             BadInput("p", lambda: SAPPruner(p=0.0)),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,8 +30,8 @@ from provenn.core.compression.iterative import (
     Scope,
     State,
     TrainFunction,
+    costs,
 )
-from provenn.core.experiment.accounting import model_size
 from provenn.core.experiment.checks import check_choice, check_number
 from provenn.core.experiment.reports import Report
 
@@ -161,7 +161,11 @@ class SAPPruner:
         return IterativePruner(rule, self.scope, self.rounds, self.rewind)
 
     def compress(
-        self, model: nn.Module, train_fn: TrainFunction, remaining: float | None = None
+        self,
+        model: nn.Module,
+        train_fn: TrainFunction,
+        remaining: float | None = None,
+        example_inputs: tuple[Any, ...] | None = None,
     ) -> tuple[nn.Module, SAPReport]:
         """Prune a copy of the model.
 
@@ -171,6 +175,7 @@ class SAPPruner:
                 accuracy, which the report keeps.
             remaining: Stop once this share of the prunable weights is left; the last pruning goes exactly there. If
                 the rounds end before, the report's last density says how far they got.
+            example_inputs: Arguments of one call, to count multiply–accumulates by.
 
         Returns:
             The trained, pruned model (plain, zeros in place) and the report: counts, rounds, and the sparsity index.
@@ -186,7 +191,7 @@ class SAPPruner:
             last = state.model
             if self.stop == "limit" and monitor.report().stop_round not in (None, state.round.index):
                 break
-        return last, SAPReport(*_sizes(last), rounds=tuple(rounds), sparsity=monitor.report())
+        return last, SAPReport(**costs(last, example_inputs), rounds=tuple(rounds), sparsity=monitor.report())
 
     def iterate(self, model: nn.Module, train_fn: TrainFunction, remaining: float | None = None) -> Iterator[State]:
         """Run the loop, yielding after each training, to watch it or to leave it."""
@@ -199,8 +204,3 @@ def watch(monitor: SparsityMonitor, state: State) -> None:
     pruned = copy.deepcopy(state.model)
     state.pruned.apply(pruned)
     monitor.observe(pruned, state.pruned, stage="pruned")
-
-
-def _sizes(model: nn.Module) -> tuple[int, int, int]:
-    size = model_size(model)
-    return size.parameters, size.nonzero, size.bytes

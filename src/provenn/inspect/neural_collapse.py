@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -84,7 +84,7 @@ def _metrics(statistics: ClassStatistics, weight: Tensor, target: Target) -> dic
         raise ValueError(f"labels: class {few[0]} has fewer than 2 samples, which NC1 needs")
     frames = _frames(target, len(weight), statistics.means.device)
     weight = weight.detach().double().to(statistics.means.device)
-    means = statistics.means - statistics.mean if target is not None and _centred(target) else statistics.means
+    means = statistics.means - statistics.mean if _centred(target) else statistics.means
     return {
         "nc1": _within_over_between(statistics),
         "nc2": _apart(means @ means.T, frames["features"]),
@@ -326,22 +326,29 @@ class UnconstrainedFeatures(nn.Module):
         self.lambdas = tuple(lambdas)
         self.features = nn.Parameter(torch.randn(sum(counts), dims[0]))
         self.weights = nn.ParameterList(
-            nn.Parameter(torch.randn(wide, narrow) / narrow**0.5)
-            for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
+            nn.Parameter(torch.randn(wide, narrow) / narrow**0.5) for narrow, wide in pairwise(widths)
         )
         self.bias = nn.Parameter(torch.zeros(len(counts))) if bias else None
-        labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
         self.register_buffer("labels", labels)
 
     def forward(self) -> Float[Tensor, "samples classes"]:
-        """Return the network's output for every free feature."""
+        """Run the network on every free feature.
+
+        Returns:
+            The outputs, (N, K).
+        """
         outputs: Tensor = self.features
         for weight in self.weights:
             outputs = outputs @ weight.T
         return outputs if self.bias is None else outputs + self.bias
 
     def objective(self) -> Float[Tensor, ""]:
-        """Return the regularised loss."""
+        """Compute the regularised loss.
+
+        Returns:
+            A scalar, with gradients.
+        """
         outputs = self()
         if self.loss == "ce":
             fit = nn.functional.cross_entropy(outputs, self.labels)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from provenn.core.compression.masks import Masks, prunable_weights
-from provenn.core.experiment.accounting import model_size
+from provenn.core.experiment.accounting import model_size, multiply_accumulates
 from provenn.core.experiment.checks import check_choice, check_integer, check_number
 from provenn.core.experiment.reports import Report
 
@@ -69,6 +69,9 @@ class OneShot(FixedRatio):
 
     Args:
         ratio: As in :class:`FixedRatio`.
+
+    Raises:
+        ValueError: ``ratio`` is outside [0, 1].
     """
 
     from_dense: ClassVar[bool] = True
@@ -90,12 +93,14 @@ class PruningReport(Report):
     """What a prune loop did.
 
     ``params`` counts all parameters, ``nonzero`` those that are not zero, ``bytes`` the dense storage of parameters
-    and buffers: unstructured zeros save storage only in a sparse format. ``rounds`` has one entry a training.
+    and buffers, ``macs`` the multiply–accumulates of one dense call (``None`` without example inputs): unstructured
+    zeros save storage and work only in a sparse format. ``rounds`` has one entry a training.
     """
 
     params: int
     nonzero: int
     bytes: int
+    macs: int | None
     rounds: tuple[Round, ...]
     nested: ClassVar[dict[str, type[Report]]] = {"rounds": Round}
 
@@ -109,6 +114,13 @@ class PruningReport(Report):
         axes.set(xscale="log", xlabel="weights left (%)", ylabel="score")
         axes.invert_xaxis()
         return figure
+
+
+def costs(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> dict[str, Any]:
+    """Return what a :class:`PruningReport` says of the final model."""
+    size = model_size(model)
+    macs = None if example_inputs is None else multiply_accumulates(model, *example_inputs)
+    return {"params": size.parameters, "nonzero": size.nonzero, "bytes": size.bytes, "macs": macs}
 
 
 @dataclass(frozen=True)
@@ -155,7 +167,11 @@ class IterativePruner:
         check_integer("rounds", self.rounds, at_least=0)
 
     def compress(
-        self, model: nn.Module, train_fn: TrainFunction, remaining: float | None = None
+        self,
+        model: nn.Module,
+        train_fn: TrainFunction,
+        remaining: float | None = None,
+        example_inputs: tuple[Any, ...] | None = None,
     ) -> tuple[nn.Module, PruningReport]:
         """Prune a copy of the model.
 
@@ -165,6 +181,7 @@ class IterativePruner:
                 score, which the report keeps.
             remaining: Stop once this share of the prunable weights is left; the last pruning goes exactly there. If
                 the rounds end before, the report's last density says how far they got.
+            example_inputs: Arguments of one call, to count multiply–accumulates by.
 
         Returns:
             The trained, pruned model (plain, zeros in place) and the report.
@@ -176,8 +193,7 @@ class IterativePruner:
         for state in self.iterate(model, train_fn, remaining):
             rounds.append(state.round)
             last = state.model
-        size = model_size(last)
-        return last, PruningReport(size.parameters, size.nonzero, size.bytes, tuple(rounds))
+        return last, PruningReport(**costs(last, example_inputs), rounds=tuple(rounds))
 
     def iterate(self, model: nn.Module, train_fn: TrainFunction, remaining: float | None = None) -> Iterator[State]:
         """Do what :meth:`compress` does, yielding after each training; the yielded model is the loop's own."""
