@@ -53,7 +53,7 @@ def replace_attention(
     model = copy.deepcopy(model)
     made: dict[nn.Module, SigmoidAttention] = {}
     for module in list(model.modules()):
-        for name, child in list(module.named_children()):
+        for name, child in list(module._modules.items()):  # named_children would leave out a module's second name
             if isinstance(child, nn.MultiheadAttention):
                 made[child] = made.get(child) or _converted(child, options)
                 setattr(module, name, made[child])

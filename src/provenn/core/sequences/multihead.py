@@ -174,8 +174,10 @@ class MultiheadLayer(nn.Module):
         output = self.out_norm(self.out_proj(output.transpose(1, 2).flatten(2)))
         if self.gamma is not None:
             output = output * self.gamma
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(dim=1)
+        if not need_weights:
+            weights = None
+        elif weights is not None:
+            weights = (weights.mean(dim=1) if average_attn_weights else weights).to(output.dtype)
         if not batched:
             return output.squeeze(0), None if weights is None else weights.squeeze(0)
         return output if self.batch_first else output.transpose(0, 1), weights
