@@ -179,6 +179,13 @@ JUDGE_RAISES = claim("fake-judge-raises", Study(PAIR, TIERS), judge=no_judge)
 NOT_A_CLAIM = 3
 
 
+def holds(evidence: Evidence) -> Verdict:
+    return Verdict("partly", "it holds", {"worst score": float(evidence.values("main", "method", "score").min())})
+
+
+ALONE = claim("fake-alone", Study(("method",), TIERS), judge=holds)
+
+
 def hungry(trial: Trial) -> Iterator[Event]:
     """Seed 0 of the method fills 200 MB."""
     if trial.seed == 0 and trial.arm == "method":
@@ -199,3 +206,11 @@ def parental(trial: Trial) -> Iterator[Event]:
 
 
 PARENTAL = claim("fake-parental", Study(PAIR, {"small": Tier(2)}), run=parental)
+
+
+def backwards(trial: Trial) -> Iterator[Event]:
+    """The baseline scores one more than the method."""
+    yield Metric("score", float(trial.seed) + (trial.arm == "baseline"))
+
+
+BACKWARDS = claim("fake-backwards", Study(PAIR, {"small": Tier(3)}), run=backwards)

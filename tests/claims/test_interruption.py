@@ -109,6 +109,8 @@ def test_killed_twenty_times_it_ends_with_the_same_figures_bit_for_bit(tmp_path,
     assert len(recorded()) == CELLS
 
 
+# Two whole runs, with the start of Python and torch in each and in its workers.
+@pytest.mark.slow
 def test_ctrl_c_stops_promptly_and_the_same_command_continues(trace, provenn):
     process = subprocess.Popen(
         COMMAND, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -48,9 +48,8 @@ def test_locked(filled):
         assert len(ledger.finished(RUN)) == 21
 
 
+@pytest.mark.parametrize("address", ["postgresql"], indirect=True)
 def test_locked_postgres(address):
-    if not address.startswith("postgresql"):
-        pytest.skip("PostgreSQL's own kind of lock")
     with Ledger(address, patience=0.2) as ledger:
         ledger.store(RUN, KEY, RECORD)
         engine = sa.create_engine(address)

@@ -5,7 +5,6 @@ This is what every executor does with a cell, whether in this process, in a work
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import importlib.metadata
@@ -13,8 +12,6 @@ import math
 import os
 import platform
 import random
-import resource
-import sys
 import time
 import traceback
 from collections.abc import Iterator
@@ -28,6 +25,7 @@ import numpy as np
 
 from provenn.claims.claim import Claim, Metric, Point, Progress, Trial
 from provenn.claims.ledger import CellKey, Record
+from provenn.claims.memory import peak_memory, reset_peak
 
 LIVE_SECONDS = 0.1
 """The shortest time between two live messages of a cell."""
@@ -170,9 +168,7 @@ def _seed(trial: Trial) -> None:
 
 
 def _reset_peaks(device: str) -> None:
-    """Begin new high-water marks of memory, where the system can (Linux; elsewhere the mark is the process's)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    reset_peak()
     if device.startswith("cuda"):
         import torch
 
@@ -180,18 +176,11 @@ def _reset_peaks(device: str) -> None:
 
 
 def _peaks(device: str) -> tuple[int, int | None]:
-    cuda = None
-    if device.startswith("cuda"):
-        import torch
+    if not device.startswith("cuda"):
+        return peak_memory(), None
+    import torch
 
-        cuda = torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text()
-        peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except (OSError, ValueError, IndexError):
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return peak, cuda
+    return peak_memory(), torch.cuda.max_memory_allocated(device)
 
 
 @cache

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from provenn.claims.display import display_on, show_table
+from provenn.claims.display import display_on, show_table, show_verdict
 from provenn.claims.errors import ExitCode, HarnessError, IncompleteError, UsageError
 from provenn.claims.harness import Ran, judged, run_cells, run_key
 from provenn.claims.ledger import Ledger
@@ -127,10 +127,7 @@ def _concluded(console: Console, ran: Ran) -> Summary:
     verdict = None if smoke else judged(ran.plan.claim, ran.plan.evidence(ran.finished))
     summary = summarise(ran, verdict)
     show_table(console, summary)
-    if verdict is None:
-        console.print("smoke: it runs; no verdict at this tier")
-    else:
-        console.print(Text.assemble((verdict.outcome, "bold"), f": {verdict.reason}"))
+    show_verdict(console, summary)
     return summary
 
 

@@ -112,6 +112,8 @@ def display_on(console: Console) -> LiveDisplay | PlainDisplay:
 
 def show_table(console: Console, summary: Summary) -> None:
     """Print the comparisons: metric, method, baseline, difference with its interval."""
+    if not summary["comparisons"]:
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     several = len(summary["arms"]) > 1
     for name in ("metric", "method", "baseline", "difference"):
@@ -128,9 +130,19 @@ def show_table(console: Console, summary: Summary) -> None:
     console.print("differences with their 95 % bootstrap interval over seeds; ↑ more is better, ↓ less", style="dim")
 
 
+def show_verdict(console: Console, summary: Summary) -> None:
+    """Print the verdict in words, and the margins that it rests on."""
+    if summary["outcome"] is None:
+        console.print("smoke: it runs; no verdict at this tier")
+        return
+    for name, value in summary["margins"].items():
+        console.print(Text(f"{name}: {margin(value)}"), soft_wrap=True)
+    console.print(Text.assemble((summary["outcome"], "bold"), f": {summary['reason']}"), soft_wrap=True)
+
+
 def figure(value: float | None) -> str:
     """Word a figure with four significant digits."""
-    return "not finite" if value is None else f"{value:.4g}"
+    return "not finite" if value is None else f"{value + 0.0:.4g}"  # + 0.0: no minus nought
 
 
 def interval(row: dict[str, Any]) -> str:
@@ -138,6 +150,13 @@ def interval(row: dict[str, Any]) -> str:
     if row["low"] == row["high"]:
         return f"{row['difference']:+.4g}"
     return f"{row['difference']:+.4g} [{row['low']:+.4g}, {row['high']:+.4g}]"
+
+
+def margin(value: Any) -> str:
+    """Word a margin of a verdict: a figure, with its interval if it has one."""
+    if isinstance(value, dict):
+        return f"{figure(value['estimate'])} [{figure(value['low'])}, {figure(value['high'])}]"
+    return figure(value)
 
 
 def settings_in_words(settings: dict[str, Scalar]) -> str:

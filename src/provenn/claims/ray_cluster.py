@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ class RayTasks:
         self._ray = ray
         self._timeout = timeout
         self._flying: dict[Any, tuple[Job, float]] = {}
+        if not _answers(address):
+            raise WorkerStartError(f"Ray at {address!r} does not answer")
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "include_dashboard": False}
         started_here = {"num_cpus": count, **quiet} if address == "local" else {"logging_level": logging.ERROR}
         try:
@@ -86,6 +89,18 @@ class RayTasks:
         job, _ = self._flying.pop(stream)
         self._ray.cancel(stream, force=True)
         return Failed(job.key, f"Ray task hung: no event for {self._timeout:g} s, cancelled")
+
+
+def _answers(address: str) -> bool:
+    """Return whether anything listens at ``host:port``, since Ray itself waits for minutes; other forms pass."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return True
+    try:
+        socket.create_connection((host.rpartition("/")[2], int(port)), timeout=10).close()
+    except OSError:
+        return False
+    return True
 
 
 def _task(job: Job, path: list[str]) -> Iterator[Message]:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from provenn.catalog.results import read_results
 from provenn.claims import figures
-from provenn.claims.display import figure, interval, settings_in_words
+from provenn.claims.display import figure, interval, margin, settings_in_words
 from provenn.claims.errors import NothingToReportError, UsageError
 from provenn.claims.registry import Found
 from provenn.claims.summary import Summary
@@ -81,8 +81,8 @@ def page(found: Found, tier: str, summary: Summary) -> str:
         tier=tier,
         summary=summary,
         verdict=_VERDICTS[summary["outcome"]],
-        margins={name: _margin(value) for name, value in summary["margins"].items()},
-        studies=[_study(summary, name) for name in summary["arms"]],
+        margins={name: margin(value) for name, value in summary["margins"].items()},
+        studies=[_study(summary, one["study"], one["arms"]) for one in summary["order"]],
         command=f"provenn run {name_of(found)} --tier {tier}",
         series=figures.SERIES,
     )
@@ -93,34 +93,42 @@ def name_of(found: Found) -> str:
     return found.card.slug if found.card is not None else found.reference
 
 
-def _study(summary: Summary, name: str) -> dict[str, Any]:
-    arms = summary["arms"][name]
-    labels = {row["metric"]: row["label"] for row in summary["comparisons"] if row["study"] == name}
+def _study(summary: Summary, name: str, order: list[str]) -> dict[str, Any]:
+    """Return what the template shows of a study; what ships keeps the order of lists alone, hence ``order``."""
+    arms = {arm: summary["arms"][name][arm] for arm in order}
     dots = [
         figures.dots(
             {arm: values[metric] for arm, values in arms.items() if metric in values}, label, f"dots {name} {metric}"
         )
-        for metric, label in labels.items()
+        for metric, label in _labels(summary, name).items()
     ]
     lines = [
-        figures.lines(curve, list(arms), label, f"lines {name} {label}")
+        figures.lines(_ordered(curve, order), order, label, f"lines {name} {label}")
         for label, curve in summary["curves"].get(name, {}).items()
     ]
+    tuning = summary["tuning"].get(name)
     seeds = {len(values) for metrics in arms.values() for values in metrics.values()}
     return {
         "name": name,
-        "arms": list(arms),
+        "arms": order,
         "seeds": max(seeds),
         "figures": [Markup(svg) for svg in dots + lines],
-        "settings": {arm: settings for arm, settings in summary["settings"][name].items() if settings},
-        "tuning": summary["tuning"].get(name),
+        "settings": {arm: one for arm, one in _ordered(summary["settings"][name], order).items() if one},
+        "tuning": tuning and {**tuning, "arms": _ordered(tuning["arms"], order)},
     }
 
 
-def _margin(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"{figure(value['estimate'])} [{figure(value['low'])}, {figure(value['high'])}]"
-    return figure(value)
+def _labels(summary: Summary, name: str) -> dict[str, str]:
+    """Return the metrics to draw, with their names in words: those compared, or all where nothing is compared."""
+    labels: dict[str, str] = {}
+    for row in summary["comparisons"]:
+        if row["study"] == name:
+            labels.setdefault(row["metric"], row["label"])
+    return labels or {metric: metric for metrics in summary["arms"][name].values() for metric in metrics}
+
+
+def _ordered(table: dict[str, Any], order: list[str]) -> dict[str, Any]:
+    return {name: table[name] for name in order if name in table}
 
 
 def _seconds(value: float) -> str:

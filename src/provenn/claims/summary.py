@@ -1,9 +1,10 @@
 """The summary of a run: plain JSON data that the terminal, the page and the catalogue all draw from.
 
 Keys: ``outcome`` and ``reason`` (None at the smoke tier), ``margins``, ``seeds`` (the fewest over studies),
-``comparisons`` (the result table), ``arms`` (study → arm → metric → values by seed), ``settings`` (study → arm),
-``tuning`` (study → metric, maximize, and by arm each setting with its value and whether it was picked), ``curves``
-(study → curve → arm → x, mean, low, high over seeds, at most 60 points), and how it ran: ``versions``, ``hardware``,
+``comparisons`` (the result table), ``order`` (each study with its arms, the method first, since tables lose theirs in
+what ships), ``arms`` (study → arm → metric → values by seed), ``settings`` (study → arm), ``tuning`` (study → metric,
+maximize, and by arm each setting with its value and whether it was picked), ``curves`` (study → curve → arm → x, mean,
+low, high over seeds, at most 60 points), and how it ran: ``versions``, ``hardware``,
 ``platform``, ``threads``, ``device``, ``wall_seconds`` (time with at least one cell running), ``cell_seconds`` (their
 sum), ``peak_memory`` and ``peak_cuda`` (the greatest of any cell, bytes), ``fingerprint``, ``date`` (UTC day of the
 last cell). A figure that is not finite is None.
@@ -45,6 +46,7 @@ def summarise(ran: Ran, verdict: Verdict | None) -> Summary:
         "margins": {name: _margin(value) for name, value in verdict.margins.items()} if verdict else {},
         "seeds": min(len(cells) for cells in evidence.cells.values()),
         "comparisons": [_row(evidence, one) for one in plan.claim.comparisons if one.study in plan.studies],
+        "order": [{"study": name, "arms": list(plan.claim.studies[name].arms)} for name in plan.studies],
         "arms": _by_study((key, _values(cells)) for key, cells in evidence.cells.items()),
         "settings": _by_study((key, dict(cells[0].settings)) for key, cells in evidence.cells.items()),
         "tuning": {study: table for study in plan.studies if (table := _tuning(ran, study))},
