@@ -127,7 +127,8 @@ def show_table(console: Console, summary: Summary) -> None:
             Text(interval(row).replace(" [", "\n[")),
         )
     console.print(table)
-    console.print("differences with their 95 % bootstrap interval over seeds; ↑ more is better, ↓ less", style="dim")
+    note = "differences with their 95 % bootstrap interval over seeds; ↑ more is better, ↓ less"
+    console.print(Text(note, style="dim"), soft_wrap=True)
 
 
 def show_verdict(console: Console, summary: Summary) -> None:
