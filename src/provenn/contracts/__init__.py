@@ -22,12 +22,14 @@ from provenn.contracts.case import (
     ProbeCase,
     Symmetry,
 )
+from provenn.contracts.cases_training import InitCase, Moment
 from provenn.contracts.suite import ContractError, checks_of, exclusions_of
 
 if TYPE_CHECKING:
     from provenn.contracts.compressor import check_compressor
     from provenn.contracts.estimator import check_estimator
     from provenn.contracts.function import check_function
+    from provenn.contracts.init import check_init
     from provenn.contracts.loss import check_loss
     from provenn.contracts.module import check_module
     from provenn.contracts.optimizer import check_optimizer
@@ -40,15 +42,18 @@ __all__ = [
     "ContractError",
     "EstimatorCase",
     "FunctionCase",
+    "InitCase",
     "LossCase",
     "Minimum",
     "ModuleCase",
+    "Moment",
     "OptimizerCase",
     "ProbeCase",
     "Symmetry",
     "check_compressor",
     "check_estimator",
     "check_function",
+    "check_init",
     "check_loss",
     "check_module",
     "check_optimizer",
