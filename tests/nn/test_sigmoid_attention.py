@@ -630,7 +630,20 @@ def test_relu_twin_divides_by_the_number_of_keys():
     twin = layer(8, 1, kind=ReluAttention)
     x, keys = normal(1, 3, 8), normal(1, 5, 8, seed=1)
     q, k = twin.q_proj(x), twin.k_proj(keys)
-    torch.testing.assert_close(twin(x, keys, keys)[1], torch.relu(q @ k.mT / 8**0.5) / 5)
+    output, weights = twin(x, keys, keys)
+    torch.testing.assert_close(weights, torch.relu(q @ k.mT / 8**0.5) / 5)
+    torch.testing.assert_close(output, twin.out_proj(weights @ twin.v_proj(keys)))
+
+
+def test_is_causal_applies_without_a_mask_and_yields_to_one_of_another_shape():
+    module, causal = layer(8, 2), layer(8, 2, causal=True)
+    x, keys = normal(2, 5, 8), normal(2, 7, 8, seed=1)
+    torch.testing.assert_close(module(x, x, x, is_causal=True), causal(x, x, x))
+    torch.testing.assert_close(module(x, keys, keys, is_causal=True), causal(x, keys, keys))
+    first = torch.ones(5, 7).triu(1).bool()  # torch's own: the first query stands at the first key
+    torch.testing.assert_close(
+        module(x, keys, keys, attn_mask=first, is_causal=True), module(x, keys, keys, attn_mask=first)
+    )
 
 
 # Replacement.
