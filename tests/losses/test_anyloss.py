@@ -1,5 +1,6 @@
 """AnyLoss against closed-form gradients, scikit-learn's metrics, brute force and the formulas in plain numpy."""
 
+import dataclasses
 import functools
 import math
 import pickle
@@ -11,6 +12,10 @@ import torch
 from sklearn import metrics
 from sklearn.datasets import make_classification
 
+from provenn.claims import Evidence
+from provenn.claims.losses import _anyloss_tables as tables
+from provenn.claims.losses import _anyloss_training as training
+from provenn.claims.losses import anyloss as claim
 from provenn.contracts import BadInput, EstimatorCase, FunctionCase, LossCase
 from provenn.losses import (
     AnyLoss,
@@ -703,8 +708,12 @@ def test_defaults_are_the_papers():
         fitted = AnyLossClassifier(random_state=0, **options).fit(x, y)
         return fitted.decision_function(x)
 
-    np.testing.assert_array_equal(scores(), scores(metric="f1", slope=73.0, threshold=0.5, lr=0.1, epochs=1000))
-    np.testing.assert_array_equal(scores(hidden=2), scores(hidden=2, lr=1e-3, epochs=100))
+    assert AnyLossClassifier().fit(x, y).n_iter_ == 1000
+    assert AnyLossClassifier(hidden=2).fit(x, y).n_iter_ == 100
+    np.testing.assert_array_equal(
+        scores(epochs=9), scores(epochs=9, metric="f1", beta=1.0, slope=73.0, threshold=0.5, lr=0.1)
+    )
+    np.testing.assert_array_equal(scores(hidden=2, epochs=9), scores(hidden=2, epochs=9, lr=1e-3))
     x, y = imbalanced(300)
     few = {"hidden": 2, "epochs": 2}
     np.testing.assert_array_equal(scores(x, y, **few), scores(x, y, batch_fraction=0.05, **few))
@@ -714,7 +723,7 @@ def test_defaults_are_the_papers():
     assert network[0].out_features == 2
 
 
-@pytest.mark.parametrize("options", [{}, {"hidden": (8, 4), "lr": 0.02}])
+@pytest.mark.parametrize("options", [{}, {"hidden": (8, 4), "lr": 0.05, "epochs": 30}])
 def test_classifier_finds_the_rare_class_where_the_cross_entropy_does_not(options):
     from sklearn.linear_model import LogisticRegression
 
@@ -752,3 +761,237 @@ def test_classes_keep_their_names_and_a_constant_feature_does_no_harm():
     assert np.isfinite(fitted.decision_function(x)).all()
     restored = pickle.loads(pickle.dumps(fitted))
     np.testing.assert_array_equal(restored.predict(x), fitted.predict(x))
+
+
+# The claim.
+
+
+def test_tables_are_as_imbalanced_as_the_claim_says():
+    shares = {name: make()[1].mean() for name, make in tables.TABLES.items()}
+    assert len(shares) == 6
+    assert shares["breast cancer, 9 %"] == pytest.approx(0.09, abs=0.002)
+    assert shares["digits, 8 against rest"] == pytest.approx(174 / 1797)
+    for name in ("3 %", "5 %", "7 %", "10 %"):
+        # Two in a hundred labels are drawn anew with even odds.
+        asked = int(name.split()[0]) / 100
+        assert shares[f"simulated, {name}"] == pytest.approx(0.98 * asked + 0.01, abs=0.006)
+
+
+def test_folds_are_apart_and_standardised_by_their_training_part():
+    x, y = imbalanced(300)
+    x[:, 0] = np.arange(300)  # tells the rows apart
+    folds = tables.folds_of((x, y), 3, seed=0)
+    tested = np.concatenate([rows[:, 1:].numpy() * 0 + rows[:, :1].numpy() for rows, _ in folds.test])
+    assert len(tested) == 300
+    for fold in range(3):
+        parts = [folds.x[fold], folds.validation[fold][0], folds.test[fold][0]]
+        seen = torch.cat([part[:, 0] for part in parts])
+        assert len(seen.unique()) == len(seen) >= 298
+        # The trimmed row or two are in the moments.
+        assert folds.x[fold].mean(0).abs().max() < 0.02
+        assert (folds.x[fold].std(0, correction=0) - 1).abs().max() < 0.02
+    held = torch.stack([one[1].mean() for one in (*folds.validation, *folds.test)])
+    assert (held - y.mean()).abs().max() < 0.02
+    other = tables.folds_of((x, y), 3, seed=1)
+    assert not torch.equal(folds.test[0][0], other.test[0][0])
+    assert torch.equal(folds.x, tables.folds_of((x, y), 3, seed=0).x)
+
+
+def test_smote_fills_up_with_points_between_near_positives():
+    x, y = imbalanced(300)
+    made_x, made_y = tables.smote(x, y, np.random.default_rng(0))
+    np.testing.assert_array_equal(made_x[:300], x)
+    assert made_y.sum() == pytest.approx(0.2 * (y == 0).sum(), abs=1)
+    positives = x[y == 1]
+    distances = np.linalg.norm(positives[:, None] - positives, axis=2)
+    near = np.argsort(distances, axis=1)[:, 1:6]
+    for point in made_x[300:]:
+        # On a segment, distances to its ends add up to its length.
+        detours = [
+            np.linalg.norm(point - positives[a]) + np.linalg.norm(point - positives[b]) - distances[a, b]
+            for a in range(len(positives))
+            for b in near[a]
+        ]
+        assert min(detours) < 1e-9
+    assert len(np.unique(made_x[300:], axis=0)) == len(made_x) - 300
+
+
+def test_undersampling_keeps_every_positive():
+    x, y = imbalanced(300)
+    kept_x, kept_y = tables.undersample(x, y, np.random.default_rng(0))
+    assert kept_y.sum() == y.sum()
+    assert (kept_y == 0).sum() == 5 * y.sum()
+    np.testing.assert_array_equal(kept_x[kept_y == 1], x[y == 1])
+    assert {tuple(row) for row in kept_x} <= {tuple(row) for row in x}
+
+
+def run_through(curve):
+    """The points of a training, and what it returns."""
+    points = []
+    while True:
+        try:
+            points.append(next(curve))
+        except StopIteration as stopped:
+            return points, stopped.value
+
+
+def test_batched_single_layers_are_those_trained_one_by_one():
+    folds = tables.folds_of(imbalanced(200), 2, seed=0)
+    # Standardised to the last bit, so that the classifier's own standardisation does nothing.
+    exact = (folds.x - folds.x.mean(1, keepdim=True)) / folds.x.std(1, correction=0, keepdim=True)
+    folds = dataclasses.replace(folds, x=exact)
+    loss = claim.ARMS["F1 loss"].loss["single layer"]
+    points, trained = run_through(training.train_single_layer(folds, loss, (0.1, 0.5), 60, "curve"))
+    assert [point.x for point in points] == [50, 60]
+    for fold, (rows, _) in enumerate(folds.test):
+        for place, rate in enumerate((0.1, 0.5)):
+            alone = AnyLossClassifier("f1", lr=rate, epochs=60).fit(folds.x[fold].numpy(), folds.y[fold].numpy())
+            for features, found in ((rows, trained.logits(fold, rows)), (folds.x[fold], trained.training[fold])):
+                np.testing.assert_allclose(found[:, place], alone.decision_function(features.numpy()), atol=1e-8)
+
+
+def test_batched_hidden_layers_are_those_trained_one_by_one():
+    folds = tables.folds_of(imbalanced(200), 2, seed=0)
+    loss, rates = claim.ARMS["balanced-accuracy loss"].loss["hidden layer"], (0.01, 0.1)
+    _, trained = run_through(training.train_hidden_layer(folds, loss, rates, 3, 30, 7, "curve"))
+    layer = training.HiddenLayer(6)
+    start = layer.start(2, 1, training.generator(7, "weights"))
+    for fold in range(2):
+        for place, rate in enumerate(rates):
+            first, _, _, _, last, _ = start[fold, 0].split(layer.sizes)
+            network = torch.nn.Sequential(
+                torch.nn.Linear(6, 16), torch.nn.BatchNorm1d(16), torch.nn.Sigmoid(), torch.nn.Linear(16, 1)
+            )
+            with torch.no_grad():
+                network[0].weight.copy_(first.reshape(6, 16).T)
+                network[3].weight.copy_(last[None])
+                network[0].bias.zero_()
+                network[3].bias.zero_()
+            network.double()
+            optimizer = torch.optim.Adam(network.parameters(), lr=rate)
+            sampler = StratifiedBatchSampler(folds.y[fold], 30, training.generator(7, "batches", fold))
+            for _ in range(3):
+                for batch in sampler:
+                    optimizer.zero_grad()
+                    AnyLoss("balanced_accuracy")(network(folds.x[fold][batch]), folds.y[fold][batch]).backward()
+                    optimizer.step()
+            # Batch normalisation by the moments of the whole training part.
+            network[1].momentum = None
+            network[1].reset_running_stats()
+            network(folds.x[fold])
+            network[1].running_var *= 1 - 1 / len(folds.x[fold])
+            network.eval()
+            for rows, found in (
+                (folds.test[fold][0], trained.logits(fold, folds.test[fold][0])),
+                (folds.x[fold], trained.training[fold]),
+            ):
+                # float32 against float64, over twelve steps
+                np.testing.assert_allclose(found[:, place], network(rows)[:, 0].detach(), atol=2e-4)
+
+
+def test_losses_of_the_baselines_are_torchs_a_column_at_a_time():
+    draws = torch.Generator().manual_seed(0)
+    z = torch.randn(20, 3, generator=draws, dtype=torch.float64)
+    y = (torch.rand(20, 3, generator=draws) < 0.3).double()
+    functional = torch.nn.functional
+    expected = {
+        ("BCE", "single layer"): functional.binary_cross_entropy_with_logits,
+        ("MSE", "hidden layer"): lambda z, y: functional.mse_loss(z.sigmoid(), y),
+        ("MSE", "single layer"): lambda z, y: functional.mse_loss(z, 2 * y - 1) / 2,
+        ("F1 loss", "single layer"): AnyLoss("f1"),
+        ("SOL F1", "hidden layer"): ScoreOrientedLoss("f1"),
+    }
+    for (arm, study), loss in expected.items():
+        found = claim.ARMS[arm].loss[study](z, y).item()
+        assert found == pytest.approx(sum(loss(z[:, k], y[:, k]).item() for k in range(3)), rel=1e-12)
+
+
+@pytest.mark.parametrize("score", claim.SCORES)
+def test_tuned_threshold_is_the_best_of_all(score):
+    draws = torch.Generator().manual_seed(0)
+    logits = torch.randn(25, 2, generator=draws, dtype=torch.float64).mul(4).round().div(4)  # with ties
+    y = (torch.rand(25, generator=draws) < 0.4).double()
+    found = claim.best_threshold(logits, y, confusion_metric(score))
+    for column in range(2):
+        z = logits[:, column].numpy()
+        cuts = np.unique(z)
+        values = [BY_SCIKIT_LEARN[score](y.numpy(), z > cut) for cut in (cuts[1:] + cuts[:-1]) / 2]
+        at_found = BY_SCIKIT_LEARN[score](y.numpy(), z > found[column].item())
+        assert at_found == pytest.approx(max(values), abs=1e-9)
+
+
+def test_held_out_score_picks_the_rate_by_the_validation_part():
+    # Three perceptrons that look at one feature each; on the validation part the second is right, on the test part
+    # the third.
+    eye = torch.eye(3, dtype=torch.float64)
+    y = torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64)
+    good, bad = (2 * y - 1)[:, None], (1 - 2 * y)[:, None]
+    validation = torch.cat([bad, good, bad], dim=1), y
+    test = torch.cat([bad, bad * torch.tensor([[1.0], [1], [-1], [-1]]), good], dim=1), y
+    folds = tables.Folds(torch.zeros(1, 4, 3), y[None], (validation,), (test,))
+    trained = training.Trained(lambda fold, rows: rows @ eye, torch.zeros(1, 4, 3, dtype=torch.float64))
+    assert claim.held_out_score(folds, trained, confusion_metric("accuracy"), tunes_threshold=False) == 0.5
+
+
+def evidence(f1, balanced, hidden=0.02, sets=6):
+    """Gains in points over BCE on the first ``sets`` tables with a single layer, −1 elsewhere; MSE is worse."""
+    figures = {}
+    for study in ("single layer", "hidden layer"):
+        rows = {arm: {} for arm in ("F1 loss", "balanced-accuracy loss", "BCE", "MSE")}
+        for place, name in enumerate(tables.TABLES):
+            for method, score, gain in (
+                ("F1 loss", "f1", f1),
+                ("balanced-accuracy loss", "balanced_accuracy", balanced),
+            ):
+                if study == "hidden layer":
+                    gain = hidden
+                elif place >= sets:
+                    gain = -0.01
+                key = f"{name}: {score}"
+                rows[method][key] = [0.5 + gain - 0.01, 0.5 + gain + 0.01]
+                rows["BCE"][key] = [0.49, 0.51]
+                rows["MSE"][key] = [0.4, 0.4]
+        figures |= {(study, arm): row for arm, row in rows.items()}
+    return Evidence.of(figures)
+
+
+@pytest.mark.parametrize(
+    ("options", "outcome"),
+    [
+        ({"f1": 0.06, "balanced": 0.1}, "reproduced"),
+        ({"f1": 0.04, "balanced": 0.1}, "partly"),
+        ({"f1": 0.06, "balanced": -0.1}, "partly"),
+        ({"f1": 0.04, "balanced": 0.04}, "not reproduced"),
+        ({"f1": 0.2, "balanced": 0.2, "sets": 4}, "reproduced"),
+        ({"f1": 0.5, "balanced": 0.5, "sets": 3}, "not reproduced"),  # a large mean on too few sets
+        ({"f1": 0.2, "balanced": 0.2, "hidden": -0.001}, "not reproduced"),
+        ({"f1": 0.2, "balanced": 0.2, "hidden": 0.0}, "reproduced"),
+    ],
+)
+def test_judge(options, outcome):
+    assert claim.judge(evidence(**options)).outcome == outcome
+
+
+def test_judge_measures_against_the_better_baseline_of_each_set():
+    made = evidence(0.06, 0.1)
+    for study in ("single layer", "hidden layer"):
+        (cell, other) = made.cells[study, "MSE"]
+        for one in (cell, other):
+            one.metrics["simulated, 3 %: f1"] = 0.9
+    verdict = claim.judge(made)
+    assert verdict.margins["f1 gain, single layer"].estimate == pytest.approx((5 * 0.06 - 0.34) / 6)
+    assert verdict.outcome == "partly"
+
+
+def test_every_arm_has_the_same_rates_and_runs():
+    from provenn.claims.claim import Trial
+
+    assert claim.RATES == (0.03, 0.1, 0.3)
+    for study, budget in (("single layer", {"folds": 2, "steps": 2}), ("hidden layer", {"folds": 2, "epochs": 1})):
+        trial = Trial(study, "BCE, tuned threshold", 0, "smoke", {**budget, "batch_size": 300})
+        events = list(claim.run(trial))
+        found = {event.name: event.value for event in events if hasattr(event, "value")}
+        assert set(found) == {*claim.SCORES, *(f"{name}: {score}" for name in tables.TABLES for score in claim.SCORES)}
+        assert all(0 <= value <= 1 for value in found.values())
+        again = [event for event in claim.run(trial) if hasattr(event, "value")]
+        assert [event for event in events if hasattr(event, "value")] == again
