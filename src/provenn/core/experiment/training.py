@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_integer
+from provenn.core.experiment.recording import evaluating
 
 Batch = Sequence[Tensor]
 Loss = Callable[..., Tensor]
@@ -52,7 +54,7 @@ def minibatches(
         One slice of every tensor.
 
     Raises:
-        ValueError: The tensors differ in length, or ``batch_size`` < 1.
+        ValueError: The tensors differ in length, there are none, or ``batch_size`` < 1.
     """
     check_integer("batch_size", batch_size, at_least=1)
     lengths = {len(tensor) for tensor in tensors}
@@ -84,6 +86,9 @@ def train(
 ) -> Iterator[Epoch]:
     """Train, yielding after every epoch.
 
+    Nothing here draws random numbers. Where the model does (dropout), it draws from torch's global generator, which a
+    checkpoint does not hold: seed it in ``batches``, by the epoch, for a run to resume exactly.
+
     Args:
         model: Trained in place; set to training mode at the start of every epoch.
         optimizer: Steps once every ``accumulate`` batches, and on what is left at an epoch's end.
@@ -93,47 +98,71 @@ def train(
         epochs: Number of epochs.
         scheduler: Stepped after every optimizer step.
         accumulate: Batches whose gradients are averaged into one step.
-        autocast: Type for mixed precision (``torch.bfloat16``); ``None`` keeps the model's own.
+        autocast: Type for mixed precision, ``torch.bfloat16``; ``None`` keeps the model's own. Not ``torch.float16``,
+            whose gradients vanish without a loss scaler.
         update: Takes over a whole step: ``update(batch)`` does what it wants and returns the loss to report. The
-            optimizer is then only checkpointed.
-        checkpoint: File that holds model, optimizer, scheduler and epoch after every epoch, replaced at once. If it
-            exists, training continues after its last epoch, and the epochs before are not yielded again.
+            optimizer is then only checkpointed; the scheduler is stepped after each call.
+        checkpoint: File that holds model, optimizer, scheduler and epoch after every epoch, replaced at once, and
+            loaded to whatever device the model is on. If it exists, training continues after its last epoch, and the
+            epochs before are not yielded again.
 
     Yields:
         One :class:`Epoch` after every epoch.
 
     Raises:
-        ValueError: ``epochs`` < 0 or ``accumulate`` < 1.
-        FloatingPointError: The training loss is NaN or infinite; the message names epoch and step.
+        ValueError: ``epochs`` < 0, ``accumulate`` < 1, ``autocast`` is float16, ``update`` is given with ``accumulate``
+            or ``autocast``, an epoch or a batch is empty, the loss is not a scalar, or the checkpoint is of another
+            kind of run or cannot be read.
+        TypeError: The loss is not a tensor.
+        OSError: The checkpoint cannot be written there; found before training where it can be.
+        FloatingPointError: The training loss is NaN or infinite, found at the epoch's end; the message names epoch and
+            the step of the first such loss.
     """
     check_integer("epochs", epochs, at_least=0)
     check_integer("accumulate", accumulate, at_least=1)
+    if autocast is torch.float16:
+        raise ValueError("autocast must be torch.bfloat16 or None, got torch.float16, which needs a loss scaler")
+    if update is not None and (accumulate > 1 or autocast is not None):
+        raise ValueError(
+            f"update takes over the whole step: leave out accumulate and autocast, got {accumulate} and {autocast}"
+        )
     stateful = {"model": model, "optimizer": optimizer} | ({} if scheduler is None else {"scheduler": scheduler})
     first, step = _resume(checkpoint, stateful)
     for index in range(first, epochs):
         model.train()
-        total, seen = torch.zeros(()), 0
+        losses, sizes = [], []
         for group in _groups(batches(index), accumulate):
             if update is None:
                 value = _gradient_step(model, optimizer, group, loss, autocast)
             else:
-                value = torch.stack([update(batch).detach() for batch in group]).mean()
+                value = _scalar("update", update(group[0])).detach()
             if scheduler is not None:
                 scheduler.step()
-            step += 1
-            size = sum(len(batch[0]) for batch in group)
-            total, seen = total.to(value.device) + value * size, seen + size
-        mean = total.item() / max(seen, 1)
-        if not math.isfinite(mean):
-            raise FloatingPointError(f"the training loss is {mean} in epoch {index} (step {step})")
+            losses.append(value)
+            sizes.append(sum(len(batch[0]) for batch in group))
+        mean = _mean_loss(losses, sizes, index, step)
+        step += len(losses)
         if checkpoint is not None:
             _save(Path(checkpoint), stateful, index + 1, step)
         yield Epoch(index, step, mean)
 
 
+def _mean_loss(losses: Sequence[Tensor], sizes: Sequence[int], epoch: int, step: int) -> float:
+    """Average an epoch's losses over its samples, in float64; the one place that waits for the device."""
+    if not losses:
+        raise ValueError(f"batches must yield batches in every epoch, got none in epoch {epoch}")
+    values = torch.stack(list(losses)).tolist()
+    for place, value in enumerate(values):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the training loss is {value} in epoch {epoch} (step {step + place + 1})")
+    return math.fsum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
+
+
 def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
     group: list[Batch] = []
     for batch in batches:
+        if len(batch[0]) == 0:
+            raise ValueError("batches must yield samples in every batch, got an empty batch")
         group.append(batch)
         if len(group) == size:
             yield group
@@ -151,48 +180,107 @@ def _gradient_step(
 ) -> Tensor:
     """Average the gradients of a group of batches, step, and return the mean loss (on the device, no wait)."""
     optimizer.zero_grad(set_to_none=True)
-    total = torch.zeros(())
+    shares = []
     samples = sum(len(batch[0]) for batch in group)
+    device = next(model.parameters(), group[0][0]).device  # the batches' may differ, where the loss moves them
     for batch in group:
-        device = batch[0].device
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            value = loss(model, *batch) * (len(batch[0]) / samples)
-        value.backward()
-        total = total.to(device) + value.detach()
+            share = _scalar("loss", loss(model, *batch)) * (len(batch[0]) / samples)
+        share.backward()
+        shares.append(share.detach())
     optimizer.step()
-    return total
+    return torch.stack(shares).sum()
+
+
+def _scalar(name: str, value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must return a tensor, got {value!r}")
+    if value.numel() != 1:
+        raise ValueError(f"{name} must return a scalar, got shape {tuple(value.shape)}")
+    return value.reshape(())
 
 
 def _resume(checkpoint: str | Path | None, stateful: dict[str, Any]) -> tuple[int, int]:
-    if checkpoint is None or not Path(checkpoint).is_file():
+    if checkpoint is None:
         return 0, 0
-    held = torch.load(checkpoint, weights_only=True)
+    path = Path(checkpoint)
+    if not path.exists():
+        _check_writable(path)
+        return 0, 0
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read; delete it to start afresh: {error}") from error
+    wanted = {*stateful, "epoch", "step"}
+    if not isinstance(held, dict) or set(held) != wanted:
+        found = sorted(map(str, held)) if isinstance(held, dict) else type(held).__name__
+        raise ValueError(f"checkpoint {str(path)!r} must hold {sorted(wanted)}, got {found}")
     for name, part in stateful.items():
-        part.load_state_dict(held[name])
+        try:
+            part.load_state_dict(held[name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"checkpoint {str(path)!r} does not fit the {name}: {error}") from error
     return held["epoch"], held["step"]
+
+
+def _check_writable(path: Path) -> None:
+    """Try the checkpoint's folder before an epoch is spent on what cannot be saved."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def _save(path: Path, stateful: dict[str, Any], epoch: int, step: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     held = {name: part.state_dict() for name, part in stateful.items()} | {"epoch": epoch, "step": step}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as file:
-        torch.save(held, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(held, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
-@torch.no_grad()
 def predict(model: nn.Module, inputs: Tensor, batch_size: int = 512) -> Tensor:
-    """Run a model in evaluation mode over inputs in batches, and put its mode back."""
-    mode = model.training
-    model.eval()
-    outputs = [model(inputs[start : start + batch_size]) for start in range(0, max(len(inputs), 1), batch_size)]
-    model.train(mode)
-    return torch.cat(outputs)
+    """Run a model in evaluation mode, without gradients, over inputs in batches, and put the modes of its parts back.
+
+    Args:
+        model: Maps a batch of inputs to a tensor with one entry a sample.
+        inputs: Samples along the first dimension; with none, the model is called once on the empty batch.
+        batch_size: Samples a call.
+
+    Returns:
+        The outputs of all samples, in their order.
+
+    Raises:
+        ValueError: ``batch_size`` < 1.
+    """
+    check_integer("batch_size", batch_size, at_least=1)
+    with evaluating(model):
+        starts = range(0, max(len(inputs), 1), batch_size)
+        return torch.cat([model(inputs[start : start + batch_size]) for start in starts])
 
 
 def accuracy(model: nn.Module, inputs: Tensor, labels: Int[Tensor, " n"], batch_size: int = 512) -> float:
-    """Return the share of samples whose largest output is at their label."""
-    return (predict(model, inputs, batch_size).argmax(dim=-1) == labels).double().mean().item()
+    """Return the share of samples whose largest output is at their label.
+
+    Args:
+        model: As in :func:`predict`; its last dimension is the classes.
+        inputs: As in :func:`predict`.
+        labels: One class a sample.
+        batch_size: As in :func:`predict`.
+
+    Returns:
+        The share, in [0, 1]; NaN for no samples.
+
+    Raises:
+        ValueError: ``labels`` has not the shape of the predicted classes, or ``batch_size`` < 1.
+    """
+    predicted = predict(model, inputs, batch_size).argmax(dim=-1)
+    if predicted.shape != labels.shape:
+        raise ValueError(f"labels must have the shape {tuple(predicted.shape)} of outputs, got {tuple(labels.shape)}")
+    return (predicted == labels).double().mean().item()
