@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Iterable
 from typing import Any
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_a(kind: type, value: Any) -> bool:
+    """Whether a value is of an abstract number type, NumPy's scalars included; a bool is no number here."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def check_number(
@@ -32,10 +34,10 @@ def check_number(
         at_most: Inclusive upper bound.
 
     Raises:
-        TypeError: ``value`` is not a number.
+        TypeError: ``value`` is not a real number: a bool, a string, a tensor.
         ValueError: ``value`` is NaN, infinite or out of bounds.
     """
-    if not _is_number(value):
+    if not _is_a(numbers.Real, value):
         raise TypeError(f"{name} must be a number, got {value!r}")
     asked = {
         "> {}": (above, operator.gt),
@@ -44,25 +46,40 @@ def check_number(
         "≤ {}": (at_most, operator.le),
     }
     bounds = [(words.format(bound), bound, holds) for words, (bound, holds) in asked.items() if bound is not None]
-    if not (math.isfinite(value) and all(holds(value, bound) for _, bound, holds in bounds)):
+    if not (_is_finite(value) and all(holds(value, bound) for _, bound, holds in bounds)):
         wanted = " and ".join(words for words, _, _ in bounds)
         raise ValueError(f"{name} must be a finite number {wanted}".rstrip() + f", got {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) or math.isfinite(value)  # an integer may be too large for a float
 
 
 def check_integer(name: str, value: Any, *, at_least: int | None = None, at_most: int | None = None) -> None:
     """Check that an argument is an integer within bounds.
 
+    Args:
+        name: The argument's name, as the caller wrote it.
+        value: What was given.
+        at_least: Inclusive lower bound.
+        at_most: Inclusive upper bound.
+
     Raises:
-        TypeError: ``value`` is not an integer (a bool is not).
+        TypeError: ``value`` is not an integer: a bool, 1.0.
         ValueError: ``value`` is out of bounds.
     """
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not _is_a(numbers.Integral, value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     check_number(name, value, at_least=at_least, at_most=at_most)
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     """Check that an argument is one of a few values.
+
+    Args:
+        name: The argument's name, as the caller wrote it.
+        value: What was given.
+        choices: The values that are allowed.
 
     Raises:
         ValueError: It is not; the message lists them.
