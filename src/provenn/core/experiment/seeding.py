@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,9 +11,25 @@ import torch
 
 
 def derive_seed(*keys: int | str) -> int:
-    """Hash the keys into a seed of 63 bits; keys that differ anywhere give unrelated seeds."""
-    words = "\x1f".join(f"{type(key).__name__}:{key}" for key in keys)
+    """Hash the keys into a seed of 63 bits; keys that differ anywhere give unrelated seeds.
+
+    Args:
+        keys: Integers, NumPy's included, and strings; ``1`` and ``"1"`` differ.
+
+    Raises:
+        TypeError: A key is neither an integer nor a string.
+    """
+    words = "\x1f".join(_word(key) for key in keys)
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") >> 1
+
+
+def _word(key: int | str) -> str:
+    if isinstance(key, str):
+        return f"str:{key}".replace("\x1f", "\x1f\x1f")  # doubled, it cannot be read as the separator
+    try:
+        return f"int:{operator.index(key)}"
+    except TypeError:
+        raise TypeError(f"keys must be integers or strings, got {key!r}") from None
 
 
 def generator(*keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
@@ -26,7 +43,12 @@ def seeded(*keys: int | str) -> Iterator[None]:
 
     For code that takes no generator, such as the initialisation of torch's own layers.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derive_seed(*keys))
-        yield
+    seed = derive_seed(*keys)
+    started = torch.cuda.is_initialized()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if started else ()):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        if not started:  # CUDA had no state to keep; it starts later, or started inside, as the CPU's seed has it
+            torch.cuda.manual_seed_all(torch.initial_seed())
