@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from provenn.core.compression.masks import Masks, prunable_weights
 from provenn.core.experiment.accounting import model_size, multiply_accumulates
 from provenn.core.experiment.checks import check_choice, check_integer, check_number
+from provenn.core.experiment.recording import evaluating
 from provenn.core.experiment.reports import Report
 
 Scope = Literal["global", "layer", "neuron"]
@@ -119,7 +120,10 @@ class PruningReport(Report):
 def costs(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> dict[str, Any]:
     """Return what a :class:`PruningReport` says of the final model."""
     size = model_size(model)
-    macs = None if example_inputs is None else multiply_accumulates(model, *example_inputs)
+    macs = None
+    if example_inputs is not None:
+        with evaluating(model):  # in training mode the call would move batch norm's averages
+            macs = multiply_accumulates(model, *example_inputs)
     return {"params": size.parameters, "nonzero": size.nonzero, "bytes": size.bytes, "macs": macs}
 
 
@@ -143,7 +147,7 @@ class IterativePruner:
     Args:
         rule: How many weights to prune in a round: :class:`FixedRatio`, :class:`OneShot`, or one of your own.
         scope: What is ranked together: all weights (``"global"``), those of a tensor (``"layer"``), or those of an
-            output unit (``"neuron"``).
+            output unit (``"neuron"``: the rows of a weight; in a transposed convolution those are inputs).
         rounds: Prunings; there is one training more.
         rewind: ``"init"`` puts what is left back to its initial value before each training, biases and norm
             parameters included; ``"none"`` goes on from the trained values (fine-tuning).
@@ -196,11 +200,24 @@ class IterativePruner:
         return last, PruningReport(**costs(last, example_inputs), rounds=tuple(rounds))
 
     def iterate(self, model: nn.Module, train_fn: TrainFunction, remaining: float | None = None) -> Iterator[State]:
-        """Do what :meth:`compress` does, yielding after each training; the yielded model is the loop's own."""
+        """Do what :meth:`compress` does, yielding after each training; the yielded model is the loop's own.
+
+        Args:
+            model: As in :meth:`compress`.
+            train_fn: As in :meth:`compress`.
+            remaining: As in :meth:`compress`.
+
+        Yields:
+            The state after each training.
+
+        Raises:
+            ValueError: As :meth:`compress`.
+        """
         if remaining is not None:
             check_number("remaining", remaining, above=0, at_most=1)
         initial = copy.deepcopy(model.state_dict())
         model = copy.deepcopy(model)
+        model.zero_grad(set_to_none=True)
         masks = Masks(model)
         dense: dict[str, Tensor] = {}
         rounds: list[Round] = []
@@ -211,7 +228,7 @@ class IterativePruner:
                 score = train_fn(model)
             model.zero_grad(set_to_none=True)  # what one training leaves must not reach the next
             if not dense:
-                dense = {name: weight.detach().clone() for name, weight in prunable_weights(model).items()}
+                dense = {name: weight.clone() for name, weight in _weights(model, masks).items()}
             left = masks.remaining
             one = Round(index, left, left / masks.total, math.nan if score is None else float(score), 0)
             ended = index == self.rounds or (self.stop is not None and self.stop((*rounds, one)))
@@ -231,7 +248,7 @@ class IterativePruner:
 
     def _pruned(self, model: nn.Module, masks: Masks, dense: Mapping[str, Tensor], remaining: float | None) -> Masks:
         """Return the masks after one pruning."""
-        weights = {name: weight.detach() for name, weight in prunable_weights(model).items()}
+        weights = _weights(model, masks)
         ranked = dense if self.rule.from_dense else weights
         groups = _groups(weights, masks, self.scope)
         counts = [
@@ -246,6 +263,11 @@ class IterativePruner:
             for name, piece in zip(names, pieces, strict=True):
                 after.remove(name, piece.view_as(masks[name]))
         return after
+
+
+def _weights(model: nn.Module, masks: Masks) -> dict[str, Tensor]:
+    """Return the prunable weights where their masks are: training may have moved the model to another device."""
+    return {name: weight.detach().to(masks[name].device) for name, weight in prunable_weights(model).items()}
 
 
 def _groups(weights: Mapping[str, Tensor], masks: Masks, scope: Scope) -> list[list[str]]:
@@ -276,6 +298,14 @@ def smallest(
     weights: Float[Tensor, "groups weights"], mask: Bool[Tensor, "groups weights"], count: Int[Tensor, " groups"]
 ) -> Bool[Tensor, "groups weights"]:
     """Mark the ``count`` smallest magnitudes among each group's remaining weights; ties go to the earlier weight.
+
+    Args:
+        weights: One group a row.
+        mask: True where a weight remains.
+        count: How many to mark in each group; beyond its remaining weights, all of them.
+
+    Returns:
+        True where a weight is marked.
 
     Cost: one stable sort of each group.
     """

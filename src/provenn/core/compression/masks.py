@@ -16,6 +16,12 @@ def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
     Biases and the vectors of norm layers are left out. A tensor that two layers share appears once.
 
+    Args:
+        model: Any module.
+
+    Returns:
+        The parameters by name, in the model's order.
+
     Raises:
         ValueError: The model has no such tensor.
     """
@@ -66,9 +72,17 @@ class Masks(Mapping[str, Tensor]):
     def remove(self, name: str, removed: Tensor) -> None:
         """Stop keeping the weights at which ``removed`` is true; what is gone stays gone.
 
+        Args:
+            name: The weight's name.
+            removed: Booleans of the weight's shape.
+
         Raises:
+            KeyError: The model has no such prunable weight.
+            TypeError: ``removed`` is not boolean.
             ValueError: The shapes differ.
         """
+        if removed.dtype != torch.bool:
+            raise TypeError(f"removed must be a boolean tensor, got {removed.dtype}")
         if removed.shape != self[name].shape:
             raise ValueError(
                 f"removed must have the shape {tuple(self[name].shape)} of {name}, got {tuple(removed.shape)}"
@@ -77,9 +91,13 @@ class Masks(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
-        """Set the weights that are not kept to zero, in place."""
+        """Set the weights that are not kept to zero, in place.
+
+        Args:
+            model: The model that the masks were made for, or a copy of it, on any device.
+        """
         for name, weight in prunable_weights(model).items():
-            weight.masked_fill_(~self[name], 0)
+            weight.masked_fill_(~self[name].to(weight.device), 0)
 
     @contextmanager
     def held(self, model: nn.Module) -> Iterator[None]:
@@ -87,6 +105,9 @@ class Masks(Mapping[str, Tensor]):
 
         Their gradients are zeroed as they arrive, so no optimizer's momentum builds up on them, and after every step
         of any optimizer that owns one of them they are set to zero again, so a forward pass never sees them.
+
+        Args:
+            model: As in :meth:`apply`. Copies of it that are made inside the block are not held.
         """
         weights = prunable_weights(model)
         owned = {id(weight) for weight in weights.values()}
@@ -98,7 +119,7 @@ class Masks(Mapping[str, Tensor]):
 
         self.apply(model)
         hooks: list[Any] = [
-            weight.register_hook(lambda gradient, mask=self[name]: gradient.masked_fill(~mask, 0))
+            weight.register_hook(lambda gradient, mask=self[name]: gradient.masked_fill(~mask.to(gradient.device), 0))
             for name, weight in weights.items()
             if weight.requires_grad
         ]
