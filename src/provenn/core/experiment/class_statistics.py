@@ -44,15 +44,25 @@ class ClassStatistics:
     def update(self, features: Float[Tensor, "batch features"], labels: Int[Tensor, " batch"]) -> None:
         """Take in a batch.
 
+        Args:
+            features: One sample a row.
+            labels: Their classes.
+
         Raises:
-            ValueError: A label is not in 0 … K − 1.
+            ValueError: A label is not in 0 … K − 1, or the shapes do not fit.
         """
+        if features.shape != (len(labels), self.means.shape[1]):
+            raise ValueError(
+                f"features must have the shape {(len(labels), self.means.shape[1])} (labels, features), "
+                f"got {tuple(features.shape)}"
+            )
         if len(labels) == 0:
             return
         if labels.min() < 0 or labels.max() >= len(self.counts):
             raise ValueError(
                 f"labels must be in 0 … {len(self.counts) - 1}, got {labels.min().item()} … {labels.max().item()}"
             )
+        labels = labels.long()  # indexing takes 8-bit integers for a mask
         samples = features.detach().double()
         counts = torch.bincount(labels, minlength=len(self.counts)).double()
         means = torch.zeros_like(self.means).index_add_(0, labels, samples) / counts.clamp(min=1)[:, None]
@@ -66,5 +76,5 @@ class ClassStatistics:
 
     @property
     def mean(self) -> Float[Tensor, " features"]:
-        """The mean of all samples."""
+        """The mean of all samples; NaN before the first."""
         return (self.counts @ self.means) / self.counts.sum()

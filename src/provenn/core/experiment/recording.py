@@ -11,12 +11,19 @@ from torch import Tensor, nn
 
 @contextmanager
 def recorded_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Keep the first input of the latest call of each module, by name; the hooks are gone after the block."""
+    """Keep the first input of the latest call of each module, by name; the hooks are gone after the block.
+
+    Args:
+        modules: The modules to watch. Each is called with its first input by position.
+
+    Yields:
+        Copies of the inputs, filled in as the modules are called: later in-place operations do not reach them.
+    """
     held: dict[str, Tensor] = {}
 
     def keep(name: str) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            held[name] = inputs[0].detach()
+            held[name] = inputs[0].detach().clone()
 
         return modules[name].register_forward_pre_hook(hook)
 
@@ -30,7 +37,11 @@ def recorded_inputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tens
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model and all its parts in evaluation mode, without gradients, and put each part's mode back."""
+    """Put a model and all its parts in evaluation mode, without gradients, and put each part's mode back.
+
+    Args:
+        model: The model.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
