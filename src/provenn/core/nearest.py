@@ -26,7 +26,16 @@ def nearest_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
 
 def unknown_name_message(what: str, name: str, known: Iterable[str]) -> str:
-    """Word the error for an unknown name: what it is, what was given, and the three nearest."""
+    """Word the error for an unknown name: what it is, what was given, and the three nearest.
+
+    Args:
+        what: What is named, such as ``"paper"``.
+        name: What the user typed.
+        known: The names that exist.
+
+    Returns:
+        The message, on one line.
+    """
     suggestions = nearest_names(name, known)
     hint = f"; the nearest are {', '.join(suggestions)}" if suggestions else ""
     return f"unknown {what} {name!r}{hint}"

@@ -18,6 +18,9 @@ def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) -> 
         sizes: Widths, input and output included; at least two.
         activation: Makes the activation modules.
 
+    Returns:
+        The network, (batch, sizes[0]) → (batch, sizes[-1]).
+
     Raises:
         ValueError: Fewer than two sizes, or a size < 1.
     """
@@ -33,6 +36,11 @@ def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) -> 
 
 class ResidualBlock(nn.Module):
     """Two 3×3 convolutions with batch norm and a skip, projected by 1×1 where the shape changes.
+
+    Args:
+        channels_in: Channels of the input.
+        channels_out: Channels of the output.
+        stride: Stride of the first convolution and of the skip.
 
     Source: He et al., "Deep residual learning for image recognition", CVPR 2016.
     """
@@ -72,7 +80,19 @@ def resnet(
         blocks: Residual blocks a stage.
         channels_in: Channels of the images.
         classes: Outputs.
+
+    Returns:
+        The network, (batch, channels_in, height, width) → (batch, classes), for images of any size.
+
+    Raises:
+        ValueError: ``channels`` is empty, or a number < 1.
     """
+    if len(channels) == 0:
+        raise ValueError("channels must name one stage or more, got none")
+    counts = {f"channels[{stage}]": wide for stage, wide in enumerate(channels)}
+    counts |= {"blocks": blocks, "channels_in": channels_in, "classes": classes}
+    for name, count in counts.items():
+        check_integer(name, count, at_least=1)
     stem = nn.Sequential(
         nn.Conv2d(channels_in, channels[0], 3, padding=1, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU()
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from provenn.core.experiment.checks import check_integer
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -45,7 +47,7 @@ def bootstrap_mean(
         The mean and its bounds; with one value the bounds are the value itself.
 
     Raises:
-        ValueError: ``values`` is empty, or ``confidence`` is not in (0, 1).
+        ValueError: ``values`` is empty, ``confidence`` is not in (0, 1), or ``resamples`` < 1.
 
     Source: Efron, "Bootstrap methods: another look at the jackknife", Ann. Statist. 7 (1979).
     """
@@ -54,6 +56,7 @@ def bootstrap_mean(
         raise ValueError(f"values must be a non-empty sequence of numbers, got shape {sample.shape}")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+    check_integer("resamples", resamples, at_least=1)
     mean = float(sample.mean())
     if sample.size == 1:
         return Interval(mean, mean, mean)
@@ -80,6 +83,9 @@ def paired_difference(
         confidence: As in :func:`bootstrap_mean`.
         resamples: As in :func:`bootstrap_mean`.
         seed: As in :func:`bootstrap_mean`.
+
+    Returns:
+        The mean difference and its bounds.
 
     Raises:
         ValueError: The two differ in length, or are empty.

@@ -13,12 +13,18 @@ def foreach_pays(tensors: Sequence[Tensor]) -> bool:
 
     On CUDA it does, since launches are what costs. On the CPU a loop keeps each tensor in cache from the first
     operation on it to the last, and a list-wide kernel does not.
+
+    Args:
+        tensors: The tensors of one call.
+
+    Returns:
+        True if there are some, all on CUDA and none of a subclass of Tensor other than Parameter.
     """
     return bool(tensors) and all(one.is_cuda and type(one) in (Tensor, torch.nn.Parameter) for one in tensors)
 
 
 def same_kind(*lists: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
-    """Split parallel lists into runs of one device and type each, going by the first list.
+    """Split parallel lists into groups of one device and type each, going by the first list.
 
     Args:
         lists: Lists of equal length; entry ``i`` of each belongs together.
