@@ -22,7 +22,7 @@ from provenn.contracts.case import (
     ProbeCase,
     Symmetry,
 )
-from provenn.contracts.cases_training import InitCase, Moment
+from provenn.contracts.cases_training import InitCase, Moment, SearcherCase, TrainerCase
 from provenn.contracts.suite import ContractError, checks_of, exclusions_of
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from provenn.contracts.module import check_module
     from provenn.contracts.optimizer import check_optimizer
     from provenn.contracts.probe import check_probe
+    from provenn.contracts.trainer import check_trainer
 
 __all__ = [
     "BadInput",
@@ -49,7 +50,9 @@ __all__ = [
     "Moment",
     "OptimizerCase",
     "ProbeCase",
+    "SearcherCase",
     "Symmetry",
+    "TrainerCase",
     "check_compressor",
     "check_estimator",
     "check_function",
@@ -58,6 +61,7 @@ __all__ = [
     "check_module",
     "check_optimizer",
     "check_probe",
+    "check_trainer",
     "checks_of",
     "exclusions_of",
 ]
