@@ -26,6 +26,9 @@ from provenn.inspect._neural_collapse_solution import CollapseSolution, Loss, ch
 
 __all__ = ["NeuralCollapse", "UnconstrainedFeatures", "collapse_solution", "neural_collapse_metrics"]
 
+_CHUNK = 4096
+"""Samples that are worked on in float64 at once."""
+
 Frame = Literal["etf", "of"]
 Target = Frame | Tensor | Mapping[str, Tensor]
 
@@ -74,7 +77,8 @@ def neural_collapse_metrics(
             f"features {tuple(features.shape)} do not fit labels {tuple(labels.shape)} and weight {tuple(weight.shape)}"
         )
     statistics = ClassStatistics(len(weight), features.shape[-1], features.device)
-    statistics.update(features, labels)
+    for some, of_class in zip(features.split(_CHUNK), labels.split(_CHUNK), strict=True):
+        statistics.update(some, of_class)
     return _metrics(statistics, weight, target)
 
 
