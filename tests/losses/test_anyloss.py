@@ -723,7 +723,7 @@ def test_defaults_are_the_papers():
     assert network[0].out_features == 2
 
 
-@pytest.mark.parametrize("options", [{}, {"hidden": (8, 4), "lr": 0.05, "epochs": 30}])
+@pytest.mark.parametrize("options", [{}, {"hidden": (8, 4), "lr": 0.02, "epochs": 70}])
 def test_classifier_finds_the_rare_class_where_the_cross_entropy_does_not(options):
     from sklearn.linear_model import LogisticRegression
 
@@ -732,6 +732,14 @@ def test_classifier_finds_the_rare_class_where_the_cross_entropy_does_not(option
     fitted = AnyLossClassifier("balanced_accuracy", random_state=0, **options).fit(x, y)
     assert metrics.recall_score(y, fitted.predict(x)) > recall + 0.2
     assert metrics.balanced_accuracy_score(y, fitted.predict(x)) > 0.7
+
+
+def test_numpys_integers_are_integers():
+    x, y = imbalanced(60)
+    fits = [
+        AnyLossClassifier(hidden=kind(3), epochs=kind(2), random_state=kind(0)).fit(x, y) for kind in (int, np.int64)
+    ]
+    np.testing.assert_array_equal(*(fitted.decision_function(x) for fitted in fits))
 
 
 def test_threshold_moves_the_decision():
@@ -837,15 +845,16 @@ def run_through(curve):
 
 def test_batched_single_layers_are_those_trained_one_by_one():
     folds = tables.folds_of(imbalanced(200), 2, seed=0)
+    # Small rates: at large ones, descent on so steep a loss magnifies rounding until nothing agrees.
     # Standardised to the last bit, so that the classifier's own standardisation does nothing.
     exact = (folds.x - folds.x.mean(1, keepdim=True)) / folds.x.std(1, correction=0, keepdim=True)
     folds = dataclasses.replace(folds, x=exact)
     loss = claim.ARMS["F1 loss"].loss["single layer"]
-    points, trained = run_through(training.train_single_layer(folds, loss, (0.1, 0.5), 60, "curve"))
-    assert [point.x for point in points] == [50, 60]
+    points, trained = run_through(training.train_single_layer(folds, loss, (0.04, 0.1), 55, "curve"))
+    assert [point.x for point in points] == [50, 55]
     for fold, (rows, _) in enumerate(folds.test):
-        for place, rate in enumerate((0.1, 0.5)):
-            alone = AnyLossClassifier("f1", lr=rate, epochs=60).fit(folds.x[fold].numpy(), folds.y[fold].numpy())
+        for place, rate in enumerate((0.04, 0.1)):
+            alone = AnyLossClassifier("f1", lr=rate, epochs=55).fit(folds.x[fold].numpy(), folds.y[fold].numpy())
             for features, found in ((rows, trained.logits(fold, rows)), (folds.x[fold], trained.training[fold])):
                 np.testing.assert_allclose(found[:, place], alone.decision_function(features.numpy()), atol=1e-8)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -137,21 +138,21 @@ class AnyLossClassifier(ClassifierMixin, BaseEstimator):
     def _checked(self) -> tuple[int, ...]:
         """Check the arguments and return the widths of the hidden layers."""
         hidden = () if self.hidden is None else self.hidden
-        widths = (hidden,) if isinstance(hidden, int) else tuple(hidden)
+        widths = (hidden,) if isinstance(hidden, Integral) else tuple(hidden)
         for width in widths:
-            check_integer("hidden", width, at_least=1)
+            check_integer("hidden", _plain(width), at_least=1)
         if self.lr is not None:
             check_number("lr", self.lr, above=0)
         if self.epochs is not None:
-            check_integer("epochs", self.epochs, at_least=1)
+            check_integer("epochs", _plain(self.epochs), at_least=1)
         check_number("batch_fraction", self.batch_fraction, above=0, at_most=1)
-        return widths
+        return tuple(map(int, widths))
 
     def _train(self, data: tuple[Tensor, ...], seed: int) -> int:
         deep = len(self.network_) > 1
         criterion = AnyLoss(self.metric, self.beta, self.slope, self.threshold)
         lr = self.lr or (1e-3 if deep else 0.1)
-        epochs = self.epochs or (100 if deep else 1000)
+        epochs = int(self.epochs or (100 if deep else 1000))
         parameters = self.network_.parameters()
         optimizer = torch.optim.Adam(parameters, lr) if deep else torch.optim.SGD(parameters, lr)
         size = max(SMALLEST_BATCH, math.ceil(self.batch_fraction * len(data[0])))
@@ -213,6 +214,11 @@ class AnyLossClassifier(ClassifierMixin, BaseEstimator):
         """
         positive = self.decision_function(X) > 0
         return self.classes_[positive.astype(int)]
+
+
+def _plain(value: Any) -> Any:
+    """Return numpy's integers, as searches over parameters give them, as Python's."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def _seed(random_state: Any) -> int:
