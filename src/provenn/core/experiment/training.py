@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,10 +56,15 @@ def minibatches(
         ValueError: The tensors differ in length, there are none, or ``batch_size`` < 1.
     """
     check_integer("batch_size", batch_size, at_least=1)
-    lengths = {len(tensor) for tensor in tensors}
-    if len(lengths) != 1:
+    if len({len(tensor) for tensor in tensors}) != 1:
         raise ValueError(f"tensors must share their first dimension, got lengths {[len(tensor) for tensor in tensors]}")
-    count = lengths.pop()
+    return _slices(tensors, batch_size, generator)
+
+
+def _slices(
+    tensors: Sequence[Tensor], batch_size: int, generator: torch.Generator | None
+) -> Iterator[tuple[Tensor, ...]]:
+    count = len(tensors[0])
     if generator is None:
         for start in range(0, count, batch_size):
             yield tuple(tensor[start : start + batch_size] for tensor in tensors)
@@ -126,6 +130,21 @@ def train(
         raise ValueError(
             f"update takes over the whole step: leave out accumulate and autocast, got {accumulate} and {autocast}"
         )
+    return _epochs(model, optimizer, batches, loss, epochs, scheduler, accumulate, autocast, update, checkpoint)
+
+
+def _epochs(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Callable[[int], Iterable[Batch]],
+    loss: Loss,
+    epochs: int,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    accumulate: int,
+    autocast: torch.dtype | None,
+    update: Update | None,
+    checkpoint: str | Path | None,
+) -> Iterator[Epoch]:
     stateful = {"model": model, "optimizer": optimizer} | ({} if scheduler is None else {"scheduler": scheduler})
     first, step = _resume(checkpoint, stateful)
     for index in range(first, epochs):
@@ -207,10 +226,11 @@ def _resume(checkpoint: str | Path | None, stateful: dict[str, Any]) -> tuple[in
     if not path.exists():
         _check_writable(path)
         return 0, 0
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} cannot be read; delete it to start afresh: {error}") from error
+    with path.open("rb") as file:
+        try:
+            held = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # what a damaged file raises depends on where the damage is
+            raise ValueError(f"checkpoint {str(path)!r} cannot be read; delete it to start afresh: {error}") from error
     wanted = {*stateful, "epoch", "step"}
     if not isinstance(held, dict) or set(held) != wanted:
         found = sorted(map(str, held)) if isinstance(held, dict) else type(held).__name__
