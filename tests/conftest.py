@@ -4,6 +4,7 @@ import sys
 
 import matplotlib
 import signatures
+import threadpoolctl
 import torch
 from hypothesis import settings
 
@@ -12,6 +13,7 @@ if any(name == "provenn" or name.startswith("provenn.") for name in sys.modules)
 signatures.install("provenn")
 
 torch.set_num_threads(1)
+threadpoolctl.threadpool_limits(1)  # NumPy's threads, which would spin on small arrays
 matplotlib.use("Agg")
 settings.register_profile("provenn", derandomize=True, deadline=None, database=None)
 settings.load_profile("provenn")

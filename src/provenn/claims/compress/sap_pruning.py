@@ -177,7 +177,7 @@ def judge(evidence: Evidence) -> Verdict:
     )
 
 
-_BUDGET: Settings = {"rounds": 15, "epochs": 3, "batch_size": 250, "data": "mnist", "train": 3000, "validation": 1000}
+_BUDGET: Settings = {"rounds": 15, "epochs": 3, "batch_size": 50, "data": "mnist", "train": 3000, "validation": 1000}
 _SMOKE: Settings = {"rounds": 3, "epochs": 1, "data": "digits", "train": 1000, "validation": 300}
 _FULL: Settings = {"rounds": 30, "epochs": 200, "train": 55_000, "validation": 5000}
 
@@ -215,7 +215,15 @@ CLAIM = Claim(
                 ),
                 "small": Tier(seeds=3, budget=_BUDGET),
                 "full": Tier(
-                    seeds=3, budget={**_BUDGET, "rounds": 30, "epochs": 200, "train": 55_000, "validation": 5000}
+                    seeds=3,
+                    budget={
+                        **_BUDGET,
+                        "rounds": 30,
+                        "epochs": 200,
+                        "batch_size": 250,
+                        "train": 55_000,
+                        "validation": 5000,
+                    },
                 ),
             },
             tuning=Tuning(
@@ -237,6 +245,8 @@ CLAIM = Claim(
     judge=judge,
     deviations=(
         "3 000 MNIST images, 15 rounds of 3 epochs instead of 30 rounds of 200 epochs on full sets.",
+        "Batches of 50 instead of 250: 12 steps an epoch leave the dense network at 79 %, and the method prunes "
+        "trained networks.",
         "A run that stops short of 1 % of the weights counts at chance level from there on.",
     ),
 )
