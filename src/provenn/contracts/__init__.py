@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from provenn.contracts.module import check_module
     from provenn.contracts.optimizer import check_optimizer
     from provenn.contracts.probe import check_probe
+    from provenn.contracts.searcher import check_searcher
     from provenn.contracts.trainer import check_trainer
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "check_module",
     "check_optimizer",
     "check_probe",
+    "check_searcher",
     "check_trainer",
     "checks_of",
     "exclusions_of",

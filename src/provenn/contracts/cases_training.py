@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -124,13 +124,12 @@ class TrainerCase(Case):
     random_reason: str = ""
 
 
-def ask_with_method(searcher: Any, count: int) -> Sequence[Any]:
+def ask_with_method(searcher: Any, count: int) -> Any:
     """Call ``searcher.ask(count)``."""
-    points: Sequence[Any] = searcher.ask(count)
-    return points
+    return searcher.ask(count)
 
 
-def tell_with_method(searcher: Any, points: Sequence[Any], values: Sequence[Any]) -> None:
+def tell_with_method(searcher: Any, points: Any, values: Sequence[Any]) -> None:
     """Call ``searcher.tell(points, values)``."""
     searcher.tell(points, values)
 
@@ -178,10 +177,10 @@ class SearcherCase(Case):
     direction: Literal["maximize", "minimize"] = "maximize"
     budget: int = 30
     batch: int = 1
-    quality: Callable[[Iterable[Any]], float] | None = None
+    quality: Callable[[Sequence[Any]], float] | None = None
     failed: Any = math.nan
-    ask: Callable[[Any, int], Sequence[Any]] = ask_with_method
-    tell: Callable[[Any, Sequence[Any], Sequence[Any]], None] = tell_with_method
+    ask: Callable[[Any, int], Any] = ask_with_method
+    tell: Callable[[Any, Any, Sequence[Any]], None] = tell_with_method
     best: Callable[[Any], tuple[Any, Any]] = best_with_attribute
     unknown_points: Literal["accepted", "refused"] = "accepted"
     best_of_told: bool = True
