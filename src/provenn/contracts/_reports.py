@@ -1,11 +1,13 @@
-"""What the suites of compressors and probes expect of a report."""
+"""What the suites of compressors, probes and solvers expect of a report."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from provenn.contracts.suite import ContractError, expect
@@ -46,3 +48,22 @@ def expect_plot(report: Any) -> None:
     finally:
         for number in set(pyplot.get_fignums()) - set(before):
             pyplot.close(number)
+
+
+def expect_close(name: str, found: Any, expected: Any, tolerance: float) -> None:
+    """Expect a field's value: numbers to a relative tolerance, words exactly, mappings entry by entry."""
+    if isinstance(expected, Mapping):
+        expect(isinstance(found, Mapping) and found.keys() == expected.keys(), f"{name} is {found}, not {expected}")
+        for key, value in expected.items():
+            expect_close(f"{name}[{key!r}]", found[key], value, tolerance)
+        return
+    if isinstance(expected, (str, bool, type(None))):
+        expect(found == expected, f"{name} is {found!r}, not {expected!r}")
+        return
+    try:
+        one, other = (np.asarray(value, dtype=np.float64) for value in (found, expected))
+    except (TypeError, ValueError) as error:
+        raise ContractError(f"{name} is {found!r}, which is no array of numbers") from error
+    expect(one.shape == other.shape, f"{name} has the shape {one.shape}, not {other.shape}")
+    close = np.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+    expect(close, f"{name} is {found}, by brute force {expected}")

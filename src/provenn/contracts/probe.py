@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
-from provenn.contracts._reports import expect_frozen, expect_json_round_trip, expect_plot
+from provenn.contracts._reports import expect_close, expect_frozen, expect_json_round_trip, expect_plot
 from provenn.contracts.case import ProbeCase
-from provenn.contracts.suite import ContractError, check_part, expect
+from provenn.contracts.suite import check_part, expect
 from provenn.contracts.watch import (
     differences,
     generator,
+    interrupt,
     model_state,
     plain_signatures,
     random_state,
@@ -49,29 +49,11 @@ def check_model_restored(case: ProbeCase) -> None:
     expect(not changed, f"{', '.join(changed)} changed")
 
 
-class _InterruptionError(Exception):
-    """Raised inside the model, midway through a probe."""
-
-
-def _interrupt(model: nn.Module, calls: int) -> None:
-    """Make the model's last layer raise after so many calls."""
-    last = [module for module in model.modules() if not any(module.children())][-1]
-    forward, left = last.forward, [calls]
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        if left[0] == 0:
-            raise _InterruptionError
-        left[0] -= 1
-        return forward(*args, **kwargs)
-
-    last.forward = failing
-
-
 def check_model_restored_after_error(case: ProbeCase) -> None:
     """The model is left as it was found also when it raises midway: in its first or in its second call."""
     for calls in (0, 1):
         model = unsettle(_model(case))
-        _interrupt(model, calls)
+        interrupt(model, calls)
         before = model_state(model)
         try:
             _report(case, model)
@@ -128,25 +110,7 @@ def check_brute_force(case: ProbeCase) -> None:
     expect(expected, "the case's brute_force gives no field")
     for name, value in expected.items():
         expect(hasattr(report, name), f"the report has no field {name!r}")
-        _expect_close(name, getattr(report, name), value, case.tolerance)
-
-
-def _expect_close(name: str, found: Any, expected: Any, tolerance: float) -> None:
-    if isinstance(expected, Mapping):
-        expect(isinstance(found, Mapping) and found.keys() == expected.keys(), f"{name} is {found}, not {expected}")
-        for key, value in expected.items():
-            _expect_close(f"{name}[{key!r}]", found[key], value, tolerance)
-        return
-    if isinstance(expected, (str, bool, type(None))):
-        expect(found == expected, f"{name} is {found!r}, not {expected!r}")
-        return
-    try:
-        one, other = (np.asarray(value, dtype=np.float64) for value in (found, expected))
-    except (TypeError, ValueError) as error:
-        raise ContractError(f"{name} is {found!r}, which is no array of numbers") from error
-    expect(one.shape == other.shape, f"{name} has the shape {one.shape}, not {other.shape}")
-    close = np.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
-    expect(close, f"{name} is {found}, by brute force {expected}")
+        expect_close(name, getattr(report, name), value, case.tolerance)
 
 
 CHECKS: dict[str, Callable[[ProbeCase], None]] = {

@@ -223,3 +223,21 @@ def unsettle(model: nn.Module) -> nn.Module:
     if len(parameters) > 2:
         parameters[-1].requires_grad_(False)
     return model
+
+
+class InterruptionError(Exception):
+    """Raised inside a model, midway through what a part does with it."""
+
+
+def interrupt(model: nn.Module, calls: int) -> None:
+    """Make the model's last layer raise after so many calls."""
+    last = [module for module in model.modules() if not any(module.children())][-1]
+    forward, left = last.forward, [calls]
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if left[0] == 0:
+            raise InterruptionError
+        left[0] -= 1
+        return forward(*args, **kwargs)
+
+    last.forward = failing
