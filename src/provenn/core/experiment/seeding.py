@@ -6,11 +6,12 @@ import hashlib
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import SupportsIndex
 
 import torch
 
 
-def derive_seed(*keys: int | str) -> int:
+def derive_seed(*keys: SupportsIndex | str) -> int:
     """Hash the keys into a seed of 63 bits; keys that differ anywhere give unrelated seeds.
 
     Args:
@@ -23,7 +24,7 @@ def derive_seed(*keys: int | str) -> int:
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big") >> 1
 
 
-def _word(key: int | str) -> str:
+def _word(key: SupportsIndex | str) -> str:
     if isinstance(key, str):
         return f"str:{key}".replace("\x1f", "\x1f\x1f")  # doubled, it cannot be read as the separator
     try:
@@ -32,13 +33,13 @@ def _word(key: int | str) -> str:
         raise TypeError(f"keys must be integers or strings, got {key!r}") from None
 
 
-def generator(*keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+def generator(*keys: SupportsIndex | str, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a fresh generator seeded by the keys, such as ``generator(seed, "batches", epoch)``."""
     return torch.Generator(device=device).manual_seed(derive_seed(*keys))
 
 
 @contextmanager
-def seeded(*keys: int | str) -> Iterator[None]:
+def seeded(*keys: SupportsIndex | str) -> Iterator[None]:
     """Seed torch's global generators inside the block, and put them back as they were after it.
 
     For code that takes no generator, such as the initialisation of torch's own layers.
