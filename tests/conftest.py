@@ -1,10 +1,13 @@
 """What every test runs with: checked signatures, one thread, no screen, the same examples each time."""
 
+import os
 import sys
+
+for _threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")  # before NumPy and SciPy load: threads that spin on small arrays cost minutes
 
 import matplotlib
 import signatures
-import threadpoolctl
 import torch
 from hypothesis import settings
 
@@ -13,7 +16,6 @@ if any(name == "provenn" or name.startswith("provenn.") for name in sys.modules)
 signatures.install("provenn")
 
 torch.set_num_threads(1)
-threadpoolctl.threadpool_limits(1)  # NumPy's threads, which would spin on small arrays
 matplotlib.use("Agg")
 settings.register_profile("provenn", derandomize=True, deadline=None, database=None)
 settings.load_profile("provenn")
