@@ -482,7 +482,12 @@ def evidence(sap, lottery, one_shot, turns=(2, 4, 6), variation=3.0):
     course = {"index minimum": [minimum] * 3, "index maximum": [maximum] * 3, "accuracy drop": [drop] * 3}
     return Evidence.of(
         {
-            ("mnist", "SAP"): {"area": [sap] * 3, "ratio variation": [variation] * 3, **course},
+            ("mnist", "SAP"): {
+                "area": [sap] * 3,
+                "ratio variation": [variation] * 3,
+                "share left": [0.01] * 3,
+                **course,
+            },
             ("mnist", "lottery ticket"): {"area": [lottery] * 3},
             ("mnist", "one-shot"): {"area": [one_shot] * 3},
         }

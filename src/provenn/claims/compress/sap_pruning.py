@@ -87,6 +87,8 @@ def run(trial: Trial) -> Iterator[Event]:
         return
     yield Metric("area", area(densities, test))
     yield Metric("dense accuracy", test[0])
+    yield Metric("accuracy at 20 % of weights", float(np.interp(np.log10(5), -np.log10(densities), test)))
+    yield Metric("share left", densities[-1])
     yield Metric("ratio variation", max(ratios[:-1]) / max(min(ratios[:-1]), 1e-12))
     minimum, maximum = turns(monitor.report().smoothed, never=rounds + 1)
     yield Metric("index minimum", minimum)
@@ -155,6 +157,7 @@ def judge(evidence: Evidence) -> Verdict:
     over_ticket = evidence.difference("mnist", "SAP", "lottery ticket", "area")
     over_one_shot = evidence.difference("mnist", "SAP", "one-shot", "area")
     variation = evidence.mean("mnist", "SAP", "ratio variation")
+    left = evidence.mean("mnist", "SAP", "share left")
     course = int(foretold.sum()) * 3 >= 2 * len(foretold)
     better = over_ticket.estimate >= -0.002 and over_one_shot.estimate > 0
     adapts = variation >= 2
@@ -164,7 +167,8 @@ def judge(evidence: Evidence) -> Verdict:
     reason = (
         f"(a) the index turned before the accuracy fell in {int(foretold.sum())} of {len(foretold)} seeds; "
         f"(b) area minus lottery ticket's {100 * over_ticket.estimate:+.2f} points, minus one-shot's "
-        f"{100 * over_one_shot.estimate:+.2f}; (c) the share pruned varies {variation:.1f}-fold over rounds"
+        f"{100 * over_one_shot.estimate:+.2f}; (c) the share pruned varies {variation:.1f}-fold over rounds. SAP got down to "
+        f"{100 * left:.1f} % of the weights"
     )
     return Verdict(
         outcome,
@@ -239,6 +243,9 @@ CLAIM = Claim(
     comparisons=(
         Comparison("mnist", "area", "SAP", "lottery ticket", "mean accuracy, 100 % to 1 % of weights"),
         Comparison("mnist", "area", "SAP", "one-shot", "mean accuracy, 100 % to 1 % of weights"),
+        Comparison("mnist", "accuracy at 20 % of weights", "SAP", "lottery ticket", "accuracy at 20 % (not judged)"),
+        Comparison("mnist", "accuracy at 20 % of weights", "SAP", "one-shot", "accuracy at 20 % (not judged)"),
+        Comparison("mnist", "share left", "SAP", "lottery ticket", "share of weights at the end", maximize=False),
         Comparison("mnist", "dense accuracy", "SAP", "lottery ticket", "accuracy before pruning"),
     ),
     run=run,
