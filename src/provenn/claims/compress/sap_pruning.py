@@ -167,8 +167,8 @@ def judge(evidence: Evidence) -> Verdict:
     reason = (
         f"(a) the index turned before the accuracy fell in {int(foretold.sum())} of {len(foretold)} seeds; "
         f"(b) area minus lottery ticket's {100 * over_ticket.estimate:+.2f} points, minus one-shot's "
-        f"{100 * over_one_shot.estimate:+.2f}; (c) the share pruned varies {variation:.1f}-fold over rounds. SAP got down to "
-        f"{100 * left:.1f} % of the weights"
+        f"{100 * over_one_shot.estimate:+.2f}; (c) the share pruned varies {variation:.1f}-fold over rounds. "
+        f"SAP got down to {100 * left:.1f} % of the weights"
     )
     return Verdict(
         outcome,
