@@ -22,10 +22,12 @@ from provenn.contracts.case import (
     ProbeCase,
     Symmetry,
 )
+from provenn.contracts.cases_results import AttackCase
 from provenn.contracts.cases_training import InitCase, Moment, SearcherCase, TrainerCase
 from provenn.contracts.suite import ContractError, checks_of, exclusions_of
 
 if TYPE_CHECKING:
+    from provenn.contracts.attack import check_attack
     from provenn.contracts.compressor import check_compressor
     from provenn.contracts.estimator import check_estimator
     from provenn.contracts.function import check_function
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from provenn.contracts.trainer import check_trainer
 
 __all__ = [
+    "AttackCase",
     "BadInput",
     "Case",
     "CompressorCase",
@@ -54,6 +57,7 @@ __all__ = [
     "SearcherCase",
     "Symmetry",
     "TrainerCase",
+    "check_attack",
     "check_compressor",
     "check_estimator",
     "check_function",
