@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from provenn.core.experiment.checks import check_integer
@@ -41,7 +41,7 @@ class ClassStatistics:
         self.scatter = torch.zeros(features, features, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def update(self, features: Float[Tensor, "batch features"], labels: Int[Tensor, " batch"]) -> None:
+    def update(self, features: Float[Tensor, "batch features"], labels: Integer[Tensor, " batch"]) -> None:
         """Take in a batch.
 
         Args:
