@@ -244,6 +244,8 @@ class TestUpdate:
             got.append(batch)
             return batch[0].sum().requires_grad_()
 
+        optimizer.step()  # the scheduler expects one before its own
+
         batches = regression([3, 1])
         (epoch,) = train(
             model, optimizer, lambda _: batches, lambda *_: 1 / 0, epochs=1, update=update, scheduler=scheduler
