@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from benchmarks.timing import alternate
 from torch import Tensor
 
+from benchmarks.timing import alternate
 from provenn.losses import AnyLoss
 
 SLOPE = 73.0

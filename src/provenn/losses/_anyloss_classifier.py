@@ -63,7 +63,8 @@ class AnyLossClassifier(ClassifierMixin, BaseEstimator):
 
     Cost: without hidden layers ``epochs`` products of the data with a vector, forward and back, in float64.
 
-    Source: the paper's section 4; layers, initialisation and batch size from the authors' notebooks.
+    Source: the paper's experiments; layers, initialisation and batch size from the authors' notebooks,
+    github.com/doheonhan/anyloss.
     """
 
     def __init__(

@@ -3,7 +3,7 @@
 With p a predicted probability and A(p) = 1 / (1 + exp(−L(p − t))) its soft label, TP = Σ y A(p), FP = Σ (1 − y) A(p),
 FN = Σ y (1 − A(p)), TN = Σ (1 − y)(1 − A(p)).
 
-Source: Han, Moniz, Chawla, "AnyLoss", KDD 2024, arXiv 2405.14745, equations 1 to 6.
+Source: Han, Moniz, Chawla, "AnyLoss", KDD 2024, arXiv 2405.14745.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def soft_label(p: Float[Tensor, "*shape"], slope: float = 73.0, threshold: float
 
     Cost: two exponentials an element.
 
-    Source: equation 1 of the paper.
+    Source: the paper's approximation function.
     """
     check_number("slope", slope, above=0)
     check_number("threshold", threshold, above=0, below=1)
@@ -121,7 +121,7 @@ def soft_confusion(
 
     Cost: linear in the number of elements, two exponentials each.
 
-    Source: equations 2 to 6 of the paper.
+    Source: the paper's confusion matrix of approximated labels.
     """
     check_number("slope", slope, above=0)
     check_number("threshold", threshold, above=0, below=1)
@@ -254,7 +254,7 @@ def confusion_metric(name: str, beta: float = 1.0) -> Metric:
     Raises:
         ValueError: An unknown ``name``, ``beta`` < 0, or ``beta`` given with a metric that has none.
 
-    Source: section 3 of the paper for accuracy, F_β, G-mean and balanced accuracy; the others by their definitions.
+    Source: the paper for accuracy, F_β, G-mean and balanced accuracy; the others by their definitions.
     """
     check_choice("name", name, METRICS)
     check_number("beta", beta, at_least=0)

@@ -144,7 +144,7 @@ class AnyLoss(_MetricLoss):
     Cost: linear in the size of the batch, three exponentials an element; the targets are read once to check them,
     which on CUDA waits for the device.
 
-    Source: equations 1 to 10 of the paper. Against the authors' code: counts of a batch are divided by the batch's
+    Source: the paper's approximation function and losses. Against the authors' code, github.com/doheonhan/anyloss: counts of a batch are divided by the batch's
     size, not by that of the training set; the gradient of the G-mean is exact, where theirs has a factor 4 too much.
     """
 
@@ -237,7 +237,7 @@ class ScoreOrientedLoss(_MetricLoss):
     Cost: linear in the size of the batch, an exponential and a sine an element. Where \|p − t\| > δ there is no
     gradient.
 
-    Source: Marchetti et al. 2022, equations of the expected confusion matrix and of the two priors; ``delta=0.1`` is
+    Source: Marchetti et al. 2022, the expected confusion matrix under a prior of the threshold; ``delta=0.1`` is
     what AnyLoss's authors compare with.
     """
 

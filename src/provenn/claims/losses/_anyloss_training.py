@@ -45,8 +45,9 @@ def train_single_layer(
     """Descend by full-batch gradients from zero weights, as the paper does.
 
     Yields:
-        The mean training loss every 50 steps.
+        The training loss at the middle rate, the mean over folds, every 50 steps.
     """
+    middle = slice(len(rates) // 2, len(rates) // 2 + 1)
     lr = folds.x.new_tensor(rates)
     x = _bordered(folds.x)
     theta = x.new_zeros(len(x), x.shape[2], len(rates), requires_grad=True)
@@ -56,7 +57,8 @@ def train_single_layer(
         with torch.no_grad():
             theta -= lr * slope
         if step % 50 == 0 or step == steps:
-            yield Point(curve, step, value.item() / (len(x) * len(rates)))
+            shown = _columns(loss, (x @ theta.detach())[..., middle], folds.y)
+            yield Point(curve, step, shown.item() / len(x))
     final = theta.detach()
     return Trained(lambda fold, rows: _bordered(rows) @ final[fold], x @ final)
 
