@@ -22,7 +22,7 @@ from provenn.contracts.case import (
     ProbeCase,
     Symmetry,
 )
-from provenn.contracts.cases_results import AttackCase
+from provenn.contracts.cases_results import AttackCase, KnownProblem, RefusedProblem, SolverCase
 from provenn.contracts.cases_training import InitCase, Moment, SearcherCase, TrainerCase
 from provenn.contracts.suite import ContractError, checks_of, exclusions_of
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from provenn.contracts.optimizer import check_optimizer
     from provenn.contracts.probe import check_probe
     from provenn.contracts.searcher import check_searcher
+    from provenn.contracts.solver import check_solver
     from provenn.contracts.trainer import check_trainer
 
 __all__ = [
@@ -48,13 +49,16 @@ __all__ = [
     "EstimatorCase",
     "FunctionCase",
     "InitCase",
+    "KnownProblem",
     "LossCase",
     "Minimum",
     "ModuleCase",
     "Moment",
     "OptimizerCase",
     "ProbeCase",
+    "RefusedProblem",
     "SearcherCase",
+    "SolverCase",
     "Symmetry",
     "TrainerCase",
     "check_attack",
@@ -67,6 +71,7 @@ __all__ = [
     "check_optimizer",
     "check_probe",
     "check_searcher",
+    "check_solver",
     "check_trainer",
     "checks_of",
     "exclusions_of",

@@ -66,4 +66,4 @@ def expect_close(name: str, found: Any, expected: Any, tolerance: float) -> None
         raise ContractError(f"{name} is {found!r}, which is no array of numbers") from error
     expect(one.shape == other.shape, f"{name} has the shape {one.shape}, not {other.shape}")
     close = np.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
-    expect(close, f"{name} is {found}, by brute force {expected}")
+    expect(close, f"{name} is {found}, expected {expected}")
