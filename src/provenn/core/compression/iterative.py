@@ -35,7 +35,12 @@ class Rule(Protocol):
     def counts(
         self, weights: Float[Tensor, "groups weights"], mask: Bool[Tensor, "groups weights"]
     ) -> Int[Tensor, " groups"]:
-        """Return the number of weights to prune in each group, given the trained weights and which are left."""
+        """Return the number of weights to prune in each group.
+
+        Args:
+            weights: The trained weights, zero where pruned; one group a row.
+            mask: True where a weight is left.
+        """
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,12 @@ class FixedRatio:
     def counts(
         self, weights: Float[Tensor, "groups weights"], mask: Bool[Tensor, "groups weights"]
     ) -> Int[Tensor, " groups"]:
-        """Return ``ratio`` of each group's remaining weights, rounded down."""
+        """Return ``ratio`` of each group's remaining weights, rounded down.
+
+        Args:
+            weights: Not looked at.
+            mask: True where a weight is left; one group a row.
+        """
         return (mask.sum(dim=1).double() * self.ratio).floor().long()
 
 
@@ -118,7 +128,12 @@ class PruningReport(Report):
 
 
 def costs(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> dict[str, Any]:
-    """Return what a :class:`PruningReport` says of the final model."""
+    """Return what a :class:`PruningReport` says of the final model.
+
+    Args:
+        model: The model; its mode is put back.
+        example_inputs: Arguments of one call, to count multiply–accumulates by; ``None`` leaves them out.
+    """
     size = model_size(model)
     macs = None
     if example_inputs is not None:

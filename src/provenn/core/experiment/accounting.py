@@ -178,7 +178,11 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 def saved_bytes(function: Callable[[], Any]) -> int:
     """Count the bytes that autograd keeps for the backward pass of one call, each storage once.
 
-    Inputs and weights that it keeps count too.
+    Args:
+        function: What is called; inputs and weights that autograd keeps for it count too.
+
+    Returns:
+        The bytes.
     """
     kept: dict[int, int] = {}
     alive = []

@@ -62,7 +62,11 @@ class ResidualBlock(nn.Module):
         self.activation = nn.ReLU()
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out high wide"]:
-        """Return the block's output; height and width are divided by the stride, rounded up."""
+        """Return the block's output; height and width are divided by the stride, rounded up.
+
+        Args:
+            x: Images or features.
+        """
         y: Tensor = self.activation(self.branch(x) + self.skip(x))
         return y
 

@@ -34,7 +34,12 @@ def _word(key: SupportsIndex | str) -> str:
 
 
 def generator(*keys: SupportsIndex | str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a fresh generator seeded by the keys, such as ``generator(seed, "batches", epoch)``."""
+    """Return a fresh generator seeded by the keys, such as ``generator(seed, "batches", epoch)``.
+
+    Args:
+        keys: As in :func:`derive_seed`.
+        device: Where it draws.
+    """
     return torch.Generator(device=device).manual_seed(derive_seed(*keys))
 
 
@@ -43,6 +48,9 @@ def seeded(*keys: SupportsIndex | str) -> Iterator[None]:
     """Seed torch's global generators inside the block, and put them back as they were after it.
 
     For code that takes no generator, such as the initialisation of torch's own layers.
+
+    Args:
+        keys: As in :func:`derive_seed`.
     """
     seed = derive_seed(*keys)
     started = torch.cuda.is_initialized()
