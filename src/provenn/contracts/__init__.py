@@ -22,7 +22,14 @@ from provenn.contracts.case import (
     ProbeCase,
     Symmetry,
 )
-from provenn.contracts.cases_results import AttackCase, KnownProblem, RefusedProblem, SolverCase
+from provenn.contracts.cases_results import (
+    AttackCase,
+    Expectation,
+    KnownProblem,
+    RefusedProblem,
+    SamplerCase,
+    SolverCase,
+)
 from provenn.contracts.cases_training import InitCase, Moment, SearcherCase, TrainerCase
 from provenn.contracts.suite import ContractError, checks_of, exclusions_of
 
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
     from provenn.contracts.module import check_module
     from provenn.contracts.optimizer import check_optimizer
     from provenn.contracts.probe import check_probe
+    from provenn.contracts.sampler import check_sampler
     from provenn.contracts.searcher import check_searcher
     from provenn.contracts.solver import check_solver
     from provenn.contracts.trainer import check_trainer
@@ -47,6 +55,7 @@ __all__ = [
     "CompressorCase",
     "ContractError",
     "EstimatorCase",
+    "Expectation",
     "FunctionCase",
     "InitCase",
     "KnownProblem",
@@ -57,6 +66,7 @@ __all__ = [
     "OptimizerCase",
     "ProbeCase",
     "RefusedProblem",
+    "SamplerCase",
     "SearcherCase",
     "SolverCase",
     "Symmetry",
@@ -70,6 +80,7 @@ __all__ = [
     "check_module",
     "check_optimizer",
     "check_probe",
+    "check_sampler",
     "check_searcher",
     "check_solver",
     "check_trainer",

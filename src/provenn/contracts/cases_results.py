@@ -18,22 +18,19 @@ def attack_with_method(attack: Any, model: nn.Module, inputs: Inputs, generator:
     return attack.attack(model, *inputs, generator=generator)
 
 
-def adversarial_of(result: Any) -> Tensor:
+def adversarial_of(result: Any) -> Any:
     """Return ``result.adversarial``."""
-    adversarial: Tensor = result.adversarial
-    return adversarial
+    return result.adversarial
 
 
-def success_of(result: Any) -> Tensor:
+def success_of(result: Any) -> Any:
     """Return ``result.success``."""
-    success: Tensor = result.success
-    return success
+    return result.success
 
 
-def skipped_of(result: Any) -> Tensor:
+def skipped_of(result: Any) -> Any:
     """Return ``result.skipped``."""
-    skipped: Tensor = result.skipped
-    return skipped
+    return result.skipped
 
 
 def scores_of(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -93,9 +90,9 @@ class AttackCase(Case):
     attack: Callable[[Any, nn.Module, Inputs, torch.Generator], Any] = attack_with_method
     scores: Callable[[nn.Module, Inputs], Tensor] = scores_of
     success: Callable[[Tensor, Inputs], Tensor] = is_misclassified
-    adversarial: Callable[[Any], Tensor] = adversarial_of
-    succeeded: Callable[[Any], Tensor] = success_of
-    skipped: Callable[[Any], Tensor] = skipped_of
+    adversarial: Callable[[Any], Any] = adversarial_of
+    succeeded: Callable[[Any], Any] = success_of
+    skipped: Callable[[Any], Any] = skipped_of
     box: tuple[float, float] | None = (0.0, 1.0)
     batch: int = 6
     random: bool = True
@@ -196,10 +193,9 @@ class SolverCase(Case):
     deterministic_reason: str = ""
 
 
-def sample_with_method(sampler: Any, count: int, generator: torch.Generator | None) -> Tensor:
+def sample_with_method(sampler: Any, count: int, generator: torch.Generator | None) -> Any:
     """Call ``sampler.sample(count, generator=generator)``."""
-    samples: Tensor = sampler.sample(count, generator=generator)
-    return samples
+    return sampler.sample(count, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -242,7 +238,7 @@ class SamplerCase(Case):
     make: Callable[..., Any]
     shape: tuple[int, ...]
     expectations: tuple[Expectation, ...]
-    sample: Callable[[Any, int, torch.Generator | None], Tensor] = sample_with_method
+    sample: Callable[[Any, int, torch.Generator | None], Any] = sample_with_method
     calls: int = 32
     count: int = 256
     independent: bool = True
