@@ -1,0 +1,1 @@
+"""Physics that several methods share: discretised equations and their fields."""
