@@ -144,8 +144,9 @@ class AnyLoss(_MetricLoss):
     Cost: linear in the size of the batch, three exponentials an element; the targets are read once to check them,
     which on CUDA waits for the device.
 
-    Source: the paper's approximation function and losses. Against the authors' code, github.com/doheonhan/anyloss: counts of a batch are divided by the batch's
-    size, not by that of the training set; the gradient of the G-mean is exact, where theirs has a factor 4 too much.
+    Source: the paper's approximation function and losses. Against the authors' code, github.com/doheonhan/anyloss:
+    counts of a batch are divided by the batch's size, not by that of the training set; the gradient of the G-mean is
+    exact, where theirs is four times as large.
     """
 
     def __init__(

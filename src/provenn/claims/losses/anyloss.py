@@ -225,9 +225,9 @@ CLAIM = Claim(
     judge=judge,
     deviations=(
         "Six sets stand in for the paper's 102 and four, which are too big to ship; 5 folds instead of 10.",
-        "The paper fixes the learning rate, at 0.1 with a single layer and 0.001 with a hidden one; here each loss picks "
-        "one of three (0.03, 0.1, 0.3) in both studies, fold by fold, on a quarter of the training data, by the metric "
-        "it is scored in.",
+        "The paper fixes the learning rate, at 0.1 with a single layer and 0.001 with a hidden one; here each loss "
+        "picks one of three (0.03, 0.1, 0.3) in both studies, fold by fold, on a quarter of the training data, by the "
+        "metric it is scored in.",
         "The hidden layer has 16 sigmoid units instead of 2, trained for 60 epochs on stratified batches of 100, and "
         "its batch normalisation is evaluated with the moments of the whole training part.",
         "SMOTE and undersampling, as in the paper, are compared with a single layer alone.",
