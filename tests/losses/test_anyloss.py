@@ -292,6 +292,13 @@ def test_counts_add_up_to_the_classes_and_columns_are_apart():
         torch.testing.assert_close(torch.stack(matrix)[:, column], torch.stack(alone))
 
 
+def test_counts_are_the_hard_ones_in_the_limit_of_a_steep_slope():
+    p, y = f64(0.01, 0.29, 0.31, 0.7, 0.99, 0.2), torch.tensor([0, 1, 1, 0, 1, 0])
+    matrix = soft_confusion(p, y, slope=1e5, threshold=0.3)
+    tn, fp, fn, tp = metrics.confusion_matrix(y.numpy(), p.numpy() > 0.3).ravel()
+    assert [count.item() for count in matrix] == [tp, fp, fn, tn]
+
+
 # The metrics, and the losses in the limit of hard labels.
 
 BY_SCIKIT_LEARN = {
@@ -627,6 +634,12 @@ def test_expected_labels_are_the_distribution_function_of_the_threshold(delta, t
     # TP of a column with one positive is that positive's expected label.
     found = [1 - loss(p[:, None], y[:, k : k + 1]).item() for k in range(9)]
     np.testing.assert_allclose(found, expected, atol=1e-8)
+
+
+def test_prior_is_the_one_that_the_authors_compare_with_unless_told_otherwise():
+    z, y = batch(torch.Generator().manual_seed(0), torch.float64)
+    assert ScoreOrientedLoss()(z, y).item() == ScoreOrientedLoss("f1", 0.1, threshold=0.5)(z, y).item()
+    assert ScoreOrientedLoss()(z, y).item() != ScoreOrientedLoss("f1", 0.2)(z, y).item()
 
 
 def test_expected_counts_are_the_mean_over_thresholds():
