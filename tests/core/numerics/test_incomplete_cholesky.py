@@ -76,6 +76,15 @@ def test_solve_is_two_triangular_solves():
     torch.testing.assert_close(factors.solve(r), torch.linalg.solve(L @ L.T, r), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch solves sparse triangles by MKL")
+def test_solve_by_torch_alone_as_on_cuda():
+    A, r = dominant(), normal(12, seed=5)
+    factors = IncompleteCholesky(A)
+    expected = factors.solve(r)
+    factors._on_cpu = None
+    torch.testing.assert_close(factors.solve(r), expected, rtol=1e-10, atol=1e-10)
+
+
 def test_sweeps_stay_few_as_the_grid_grows():
     sweeps = [IncompleteCholesky(poisson_matrix(torch.zeros(n, n, dtype=torch.int64))).sweeps for n in (16, 64)]
     assert sweeps[1] <= sweeps[0] + 5  # the chain of dependencies is four times as long
