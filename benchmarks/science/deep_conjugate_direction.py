@@ -56,7 +56,7 @@ def measure() -> dict[str, Any]:
         calls = {name: lambda solver=solver, one=one: solver.solve(one) for name, solver in solvers.items()}
         calls["SciPy's CG"] = lambda one=one: _scipy(one, TOLERANCE, 1000)
         calls["IC factorisation"] = lambda one=one: IncompleteCholesky(one.A)
-        taken = alternate(calls, rounds=5)
+        taken = alternate(calls, rounds=15)
         times[f"{side}²"] = {name: round(value / taken["CG"], 3) for name, value in taken.items()}
         if side == 64:
             speed = taken["SciPy's CG"] / taken["CG"]

@@ -113,12 +113,13 @@ def conjugate_gradient(
     while norms[-1] > 0 and norms[-1] >= goal and len(drops) < max_iter:
         z = r if precondition is None else precondition(r)
         slope = r.dot(z).item()
-        step_back = z if d is None else z + (slope / previous) * d
-        d = step_back if deflation is None else step_back - deflation.solve(apply(z))
+        d = z.clone() if d is None else d.mul_(slope / previous).add_(z)
+        if deflation is not None:
+            d.sub_(deflation.solve(apply(z)))
         Ad = apply(d)
         step = slope / positive_curvature(d.dot(Ad), len(drops))
-        x = x + step * d
-        r = r - step * Ad
+        x.add_(d, alpha=step)
+        r.sub_(Ad, alpha=step)
         previous = slope
         norms.append(r.norm().item())
         drops.append(0.5 * step * slope)
