@@ -109,12 +109,22 @@ def test_killed_twenty_times_it_ends_with_the_same_figures_bit_for_bit(tmp_path,
     assert len(recorded()) == CELLS
 
 
+def started():
+    """Start the command with Ctrl-C as a terminal has it: a shell's background jobs, and theirs, ignore it."""
+    return subprocess.Popen(
+        COMMAND,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 # Two whole runs, with the start of Python and torch in each and in its workers.
 @pytest.mark.slow
 def test_ctrl_c_stops_promptly_and_the_same_command_continues(trace, provenn):
-    process = subprocess.Popen(
-        COMMAND, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = started()
     wait_until(lambda: len(trace.lines()) >= 5, "five cells begin")
     os.killpg(process.pid, signal.SIGINT)
     said, wrong = process.communicate(timeout=30)
@@ -134,9 +144,7 @@ def test_ctrl_c_stops_promptly_and_the_same_command_continues(trace, provenn):
 
 
 def test_ctrl_c_before_anything_ran_is_as_quiet(tmp_path):
-    process = subprocess.Popen(
-        COMMAND, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = started()
     children = psutil.Process(process.pid).children
     wait_until(lambda: children() or process.poll() is not None, "a worker starts")
     os.killpg(process.pid, signal.SIGINT)

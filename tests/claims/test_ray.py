@@ -25,15 +25,15 @@ def test_same_figures_as_in_this_process(provenn, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "cause"),
+    ("name", "timeout", "cause"),
     [
-        ("DIES", "study main, arm dies, seed 1: Ray task was lost: WorkerCrashedError"),
-        ("RAISES", "study main, arm raises, seed 1: raised RuntimeError: the reason of it"),
-        ("HANGS", "study main, arm hangs, seed 1: Ray task hung: no event for 15 s, cancelled"),
+        ("DIES", 120, "study main, arm dies, seed 1: Ray task was lost: WorkerCrashedError"),
+        ("RAISES", 120, "study main, arm raises, seed 1: raised RuntimeError: the reason of it"),
+        ("HANGS", 30, "study main, arm hangs, seed 1: Ray task hung: no event for 30 s, cancelled"),
     ],
 )
-def test_a_failed_task_is_named_and_the_others_go_on(provenn, name, cause):
-    said = provenn("run", f"claims.fake_claims:{name}", "--ray", "local", "--timeout", "15")
+def test_a_failed_task_is_named_and_the_others_go_on(provenn, name, timeout, cause):
+    said = provenn("run", f"claims.fake_claims:{name}", "--ray", "local", "--timeout", str(timeout))
     assert said.returncode == ExitCode.INCOMPLETE
     assert cause in said.stdout
     assert "1 of 6 cells are missing; 5 are kept" in said.stderr

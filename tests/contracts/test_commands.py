@@ -139,14 +139,14 @@ class TestMismatches:
         parts = (Part("provenn.optim.One", "optimizer"), Part("provenn.optim.helper", "class"))
         built = dataclasses.replace(PAPER, parts=parts)
         absent = dataclasses.replace(PAPER, slug="absent", parts=(Part("provenn.optim.Absent", "optimizer"),))
-        trained = dataclasses.replace(PAPER, parts=(Part("provenn.training.Trainer", "trainer"),))
+        trained = dataclasses.replace(PAPER, parts=(Part("provenn.agents.Critic", "agent"),))
         monkeypatch.setattr(collect, "cards", lambda: [built, absent, trained])
 
     def cases(self):
         return [
             OptimizerCase("provenn.optim.One", int),
             FunctionCase("provenn.optim.helper", int),
-            FunctionCase("provenn.training.Trainer", int),
+            FunctionCase("provenn.agents.Critic", int),
         ]
 
     def test_none(self):

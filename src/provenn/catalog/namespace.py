@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -48,7 +48,7 @@ class _NotBuiltFinder(importlib.abc.MetaPathFinder):
     """Asked last, for modules that no file provides: says which of them are only not built yet."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname.startswith("provenn.") and fullname in _modules() and module_path(fullname) is None:
             raise _not_built(fullname, _modules()[fullname])
