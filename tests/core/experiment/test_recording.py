@@ -30,6 +30,12 @@ class TestInputs:
         assert not held["first"].requires_grad
         assert not held["last"].requires_grad
 
+    def test_a_module_of_several_inputs(self):
+        model = nn.Bilinear(2, 3, 1)
+        with recorded_inputs({"product": model}) as held:
+            model(torch.ones(4, 2), torch.zeros(4, 3))
+        assert torch.equal(held["product"], torch.ones(4, 2))
+
     def test_later_in_place_operations_do_not_reach_it(self):
         model = network()
         x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
