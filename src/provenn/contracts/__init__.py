@@ -27,6 +27,7 @@ from provenn.contracts.cases_results import (
     Expectation,
     KnownProblem,
     RefusedProblem,
+    RuntimeCase,
     SamplerCase,
     SolverCase,
 )
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from provenn.contracts.module import check_module
     from provenn.contracts.optimizer import check_optimizer
     from provenn.contracts.probe import check_probe
+    from provenn.contracts.runtime import check_runtime
     from provenn.contracts.sampler import check_sampler
     from provenn.contracts.searcher import check_searcher
     from provenn.contracts.solver import check_solver
@@ -66,6 +68,7 @@ __all__ = [
     "OptimizerCase",
     "ProbeCase",
     "RefusedProblem",
+    "RuntimeCase",
     "SamplerCase",
     "SearcherCase",
     "SolverCase",
@@ -80,6 +83,7 @@ __all__ = [
     "check_module",
     "check_optimizer",
     "check_probe",
+    "check_runtime",
     "check_sampler",
     "check_searcher",
     "check_solver",

@@ -245,3 +245,59 @@ class SamplerCase(Case):
     independent_reason: str = ""
     default_generator: bool = True
     default_generator_reason: str = ""
+
+
+def step_by_autograd(model: Any, inputs: Inputs) -> tuple[Any, Mapping[str, Tensor]]:
+    """Call the model, go backward from a fixed projection of its output, and return output and gradients."""
+    from provenn.contracts._modules import projection  # cases load no torch
+
+    model.zero_grad(set_to_none=True)
+    output = model(*inputs)
+    projection(output).backward()
+    return output, {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def close_with_method(runtime: Any) -> None:
+    """Call ``runtime.close()``."""
+    runtime.close()
+
+
+@dataclass(frozen=True)
+class RuntimeCase(Case):
+    """A case of a runtime: the same numbers as plain execution, and no harm done when a part of it fails.
+
+    Args:
+        make: ``make(module)`` builds the runtime over a plain module.
+        plain: Builds the plain module: what it computes is what the runtime must compute.
+        inputs: ``inputs(generator)`` returns the arguments of one call.
+        step: ``step(runtime, inputs)`` returns the output of one step, and the gradients by the names of the plain
+            module's parameters (none: an empty dict). Default: call, then backward by autograd from a fixed projection
+            of the output; a runtime that autograd does not reach brings its own loss, here and in ``plain_step``.
+        plain_step: ``plain_step(module, inputs)`` returns the same of the plain module.
+        tolerance: Largest error of outputs and gradients, relative to ``max(1, largest magnitude)``.
+        backward: Whether it computes gradients.
+        backward_reason: Why not.
+        close: ``close(runtime)`` ends it and may be called twice; default ``runtime.close()``.
+        workers: ``workers(runtime)`` returns the process ids of the workers by the names that errors use.
+        faulty: ``faulty(stage)`` builds the runtime with a module of the suite's as what one of its workers runs, with
+            inputs as ``inputs`` gives them. The runtime gives up on it after ``timeout``.
+        timeout: Seconds after which the runtime that ``faulty`` builds gives up.
+
+    A runtime without workers excludes ``worker_killed``; one that runs no modules of the user's in them excludes
+    ``stage_raises`` and ``stage_hangs`` too.
+    """
+
+    kind: ClassVar[str] = "runtime"
+
+    make: Callable[[nn.Module], Any]
+    plain: Callable[[], nn.Module]
+    inputs: Callable[[torch.Generator], Inputs]
+    step: Callable[[Any, Inputs], tuple[Any, Mapping[str, Tensor]]] = step_by_autograd
+    plain_step: Callable[[Any, Inputs], tuple[Any, Mapping[str, Tensor]]] = step_by_autograd
+    tolerance: float = 1e-6
+    backward: bool = True
+    backward_reason: str = ""
+    close: Callable[[Any], None] = close_with_method
+    workers: Callable[[Any], Mapping[str, int]] | None = None
+    faulty: Callable[[nn.Module], Any] | None = None
+    timeout: float = 5.0

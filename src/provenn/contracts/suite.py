@@ -2,7 +2,8 @@
 
 A kind's suite is the module ``provenn.contracts.<kind>``. It has ``CHECKS``, which maps a name to a function of the
 case that raises :class:`ContractError`, and ``exercise``, which uses the part once. The first line of a check's
-docstring is the promise it checks. To add a kind: a case in ``case.py`` and such a module.
+docstring is the promise it checks. To add a kind: a case beside the others (``case.py``, ``cases_training.py``,
+``cases_results.py``) and such a module.
 """
 
 from __future__ import annotations
