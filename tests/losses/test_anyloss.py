@@ -292,6 +292,15 @@ def test_counts_add_up_to_the_classes_and_columns_are_apart():
         torch.testing.assert_close(torch.stack(matrix)[:, column], torch.stack(alone))
 
 
+def test_counts_keep_their_relative_precision_near_zero():
+    small = math.exp(-36.5) / (1 + math.exp(-36.5))
+    for p, place in ((0.0, 0), (1.0, 2)):  # a positive surely missed, a positive surely found
+        matrix = soft_confusion(f64(p), torch.tensor([1]))
+        assert matrix[place].item() == pytest.approx(small, rel=1e-12)
+        swapped = soft_confusion(f64(p), torch.tensor([0]))
+        assert swapped[place + 1].item() == pytest.approx(small, rel=1e-12)
+
+
 def test_counts_are_the_hard_ones_in_the_limit_of_a_steep_slope():
     p, y = f64(0.01, 0.29, 0.31, 0.7, 0.99, 0.2), torch.tensor([0, 1, 1, 0, 1, 0])
     matrix = soft_confusion(p, y, slope=1e5, threshold=0.3)
@@ -697,21 +706,39 @@ def imbalanced(samples=400, seed=0):
     )
 
 
-def test_single_layer_is_full_batch_gradient_descent_from_zero():
+@pytest.mark.parametrize(("slope", "threshold"), [(73.0, 0.5), (30.0, 0.4)])
+def test_single_layer_is_full_batch_gradient_descent_from_zero(slope, threshold):
     x, y = imbalanced(120)
-    fitted = AnyLossClassifier("balanced_accuracy", epochs=25, lr=0.3).fit(x, y)
+    fitted = AnyLossClassifier("balanced_accuracy", slope=slope, threshold=threshold, epochs=25, lr=0.3).fit(x, y)
     z = (x - x.mean(0)) / x.std(0)
     rows = np.column_stack([z, np.ones(len(z))])
     theta, P, n = np.zeros(7), y.sum(), len(y)
     for _ in range(25):
         p = 1 / (1 + np.exp(-rows @ theta))
-        soft = 1 / (1 + np.exp(-73 * (p - 0.5)))
-        d = 73 * soft * (1 - soft) * p * (1 - p)
+        soft = 1 / (1 + np.exp(-slope * (p - threshold)))
+        d = slope * soft * (1 - soft) * p * (1 - p)
         theta += 0.3 * rows.T @ ((n * y - P) * d) / (2 * P * (n - P))
-    np.testing.assert_allclose(fitted.decision_function(x), rows @ theta, rtol=1e-8, atol=1e-10)
+    margin = rows @ theta - np.log(threshold / (1 - threshold))
+    np.testing.assert_allclose(fitted.decision_function(x), margin, rtol=1e-8, atol=1e-10)
     probability = 1 / (1 + np.exp(-rows @ theta))
     np.testing.assert_allclose(fitted.predict_proba(x), np.column_stack([1 - probability, probability]), atol=1e-10)
-    np.testing.assert_array_equal(fitted.predict(x), probability > 0.5)
+    np.testing.assert_array_equal(fitted.predict(x), probability > threshold)
+
+
+def test_weights_of_samples_are_repetitions():
+    x, y = imbalanced(60)
+    times = np.arange(60) % 3
+    weighted = AnyLossClassifier(epochs=20).fit(x, y, sample_weight=times)
+    repeated = AnyLossClassifier(epochs=20).fit(x.repeat(times, axis=0), y.repeat(times))
+    np.testing.assert_allclose(weighted.decision_function(x), repeated.decision_function(x), atol=1e-9)
+
+
+def test_fitted_network_predicts_as_the_classifier_does():
+    x, y = imbalanced(100)
+    fitted = AnyLossClassifier(hidden=3, epochs=3, random_state=0).fit(x, y)
+    logits = fitted.network_(torch.from_numpy((x - fitted.mean_) / fitted.scale_))[:, 0].detach().numpy()
+    np.testing.assert_allclose(fitted.decision_function(x), logits, rtol=1e-12)
+    assert np.abs(fitted.decision_function(x[:1]) - logits[:1]) < 1e-12
 
 
 def test_defaults_are_the_papers():
