@@ -232,7 +232,6 @@ class IterativePruner:
             check_number("remaining", remaining, above=0, at_most=1)
         initial = copy.deepcopy(model.state_dict())
         model = copy.deepcopy(model)
-        model.zero_grad(set_to_none=True)
         masks = Masks(model)
         dense: dict[str, Tensor] = {}
         rounds: list[Round] = []
