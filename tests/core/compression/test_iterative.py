@@ -143,6 +143,10 @@ class TestLoop:
             assert torch.equal(with_inputs.state_dict()[name], value)
         assert with_inputs.training
 
+    def test_thirty_rounds_unless_said_otherwise(self):
+        _, report = IterativePruner(FixedRatio(0)).compress(network(), lambda model: None)
+        assert len(report.rounds) == 31
+
     def test_training_that_returns_nothing(self):
         _, report = IterativePruner(FixedRatio(0.5), rounds=1).compress(network(), lambda model: None)
         assert all(math.isnan(one.score) for one in report.rounds)
@@ -269,6 +273,13 @@ def test_smallest_is_a_loop_with_ties_to_the_earlier(groups):
         left = sorted((abs(value), place) for place, (value, kept) in enumerate(row) if kept)
         expected = {place for _, place in left[:wanted]}
         assert {place for place, chosen in enumerate(got) if chosen} == expected
+
+
+def test_many_ties_go_to_the_earlier():
+    """Sorts that are stable for a few values need not be for many."""
+    marked = smallest(torch.ones(2, 5000), torch.ones(2, 5000, dtype=torch.bool), torch.tensor([1234, 0]))
+    assert marked[0, :1234].all()
+    assert marked.sum() == 1234
 
 
 @given(st.lists(st.lists(st.integers(0, 10**6), min_size=1, max_size=4), min_size=1, max_size=5), st.floats(0, 1.2))

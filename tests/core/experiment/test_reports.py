@@ -108,6 +108,10 @@ def test_numbers_of_numpy_become_pythons():
     assert got[2:] == (3, float(np.float32(0.1)), -math.inf)
 
 
+def test_the_text_depends_on_the_values_alone():
+    assert Free({"b": 1, "a": 2}).to_json() == Free({"a": 2, "b": 1}).to_json()
+
+
 def test_lists_come_back_as_tuples():
     assert again(Free([1, [2]])).value == (1, (2,))
 

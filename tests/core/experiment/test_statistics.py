@@ -1,5 +1,6 @@
 """Bootstrap intervals against enumeration, and their coverage on simulated data."""
 
+import dataclasses
 import itertools
 import math
 
@@ -77,6 +78,11 @@ def test_one_seed(value):
     assert paired_difference([value], [1.0]) == Interval(value - 1.0, value - 1.0, value - 1.0)
 
 
+def test_one_resample():
+    interval = bootstrap_mean([1.0, 2.0, 4.0], resamples=1)
+    assert interval.low == interval.high
+
+
 def test_equal_values_have_no_width():
     assert bootstrap_mean([0.25] * 5) == Interval(0.25, 0.25, 0.25)
 
@@ -105,8 +111,11 @@ class TestPairing:
         assert paired_difference(high, low).estimate == pytest.approx(1)
         assert paired_difference(low, high).below_zero
 
-    def test_lists(self):
-        assert paired_difference([3, 5], [1, 1]).estimate == 3
+    @pytest.mark.parametrize("kind", [list, tuple, lambda v: np.array(v, dtype=np.uint8), np.float16])
+    def test_any_sequence_of_numbers(self, kind):
+        """Small integers must not wrap around, nor halves round."""
+        assert paired_difference(kind([3, 1]), kind([200, 255])).estimate == -225.5
+        assert bootstrap_mean(kind([200, 255, 201])).estimate == pytest.approx(656 / 3, rel=1e-12)
 
     def test_options_reach_the_bootstrap(self):
         first, second = self.luck, np.zeros(12)
@@ -114,6 +123,10 @@ class TestPairing:
 
 
 class TestInterval:
+    def test_frozen(self):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            Interval(0.0, 0.0, 0.0).low = 1.0
+
     @pytest.mark.parametrize(
         ("low", "high", "above", "below"),
         [(0.1, 1, True, False), (0, 1, False, False), (-1, 0, False, False), (-1, -0.1, False, True)],
@@ -132,6 +145,7 @@ class TestInterval:
         (lambda: bootstrap_mean([]), r"values .*\(0,\)"),
         (lambda: bootstrap_mean([[1.0], [2.0]]), r"values .*\(2, 1\)"),
         (lambda: bootstrap_mean([1.0, 2.0], confidence=1.0), r"confidence .*1\.0"),
+        (lambda: bootstrap_mean([1.0, 2.0], confidence=0), r"confidence .*0"),
         (lambda: bootstrap_mean([1.0, 2.0], confidence=95), r"confidence .*95"),
         (lambda: bootstrap_mean([1.0, 2.0], resamples=0), r"resamples .*0"),
         (lambda: paired_difference([1.0], [1.0, 2.0]), "1 and 2"),
