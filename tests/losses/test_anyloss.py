@@ -244,7 +244,7 @@ def test_derivative_of_the_soft_label_keeps_its_relative_precision(p, slope):
     soft_label(point, slope=slope).sum().backward()
     u = slope * abs(p - 0.5)
     expected = slope * math.exp(-u) / (1 + math.exp(-u)) ** 2
-    assert point.grad.item() == pytest.approx(expected, rel=1e-12)
+    assert point.grad.item() == pytest.approx(expected, rel=1e-12, abs=0)
     assert point.grad.item() > 0
 
 
@@ -296,9 +296,9 @@ def test_counts_keep_their_relative_precision_near_zero():
     small = math.exp(-36.5) / (1 + math.exp(-36.5))
     for p, place in ((0.0, 0), (1.0, 2)):  # a positive surely missed, a positive surely found
         matrix = soft_confusion(f64(p), torch.tensor([1]))
-        assert matrix[place].item() == pytest.approx(small, rel=1e-12)
+        assert matrix[place].item() == pytest.approx(small, rel=1e-12, abs=0)
         swapped = soft_confusion(f64(p), torch.tensor([0]))
-        assert swapped[place + 1].item() == pytest.approx(small, rel=1e-12)
+        assert swapped[place + 1].item() == pytest.approx(small, rel=1e-12, abs=0)
 
 
 def test_counts_are_the_hard_ones_in_the_limit_of_a_steep_slope():
@@ -891,7 +891,7 @@ def test_batched_single_layers_are_those_trained_one_by_one():
     folds = dataclasses.replace(folds, x=exact)
     loss = claim.ARMS["F1 loss"].loss["single layer"]
     points, trained = run_through(training.train_single_layer(folds, loss, (0.04, 0.1), 55, "curve"))
-    assert [point.x for point in points] == [50, 55]
+    assert [point.x for point in points] == [55]
     for fold, (rows, _) in enumerate(folds.test):
         for place, rate in enumerate((0.04, 0.1)):
             alone = AnyLossClassifier("f1", lr=rate, epochs=55).fit(folds.x[fold].numpy(), folds.y[fold].numpy())

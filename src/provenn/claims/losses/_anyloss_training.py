@@ -45,7 +45,7 @@ def train_single_layer(
     """Descend by full-batch gradients from zero weights, as the paper does.
 
     Yields:
-        The training loss at the middle rate, the mean over folds, every 50 steps.
+        The training loss at the middle rate, the mean over folds, every 250 steps.
     """
     middle = slice(len(rates) // 2, len(rates) // 2 + 1)
     lr = folds.x.new_tensor(rates)
@@ -56,7 +56,7 @@ def train_single_layer(
         (slope,) = torch.autograd.grad(value, theta)
         with torch.no_grad():
             theta -= lr * slope
-        if step % 50 == 0 or step == steps:
+        if step % 250 == 0 or step == steps:
             shown = _columns(loss, (x @ theta.detach())[..., middle], folds.y)
             yield Point(curve, step, shown.item() / len(x))
     final = theta.detach()
@@ -110,7 +110,7 @@ def train_hidden_layer(
     """Train by Adam on stratified batches, in float32.
 
     Yields:
-        The mean training loss after every epoch.
+        The mean training loss of every tenth epoch and of the last.
 
     Returns:
         The perceptrons, normalised by the moments of the whole training part.
@@ -125,7 +125,7 @@ def train_hidden_layer(
     samplers = [StratifiedBatchSampler(*one) for one in zip(y, [batch_size] * count, draws, strict=True)]
     which = torch.arange(count, device=x.device)[:, None]
     step = 0
-    for _ in range(epochs):
+    for epoch in range(1, epochs + 1):
         losses = []
         for batch in zip(*samplers, strict=True):
             step += 1
@@ -139,7 +139,8 @@ def train_hidden_layer(
             with torch.no_grad():
                 root = (second / (1 - 0.999**step)).sqrt_().add_(1e-8)
                 weights -= lr / (1 - 0.9**step) * first / root
-        yield Point(curve, step, torch.stack(losses).mean().item() / (count * len(rates)))
+        if epoch % 10 == 0 or epoch == epochs:
+            yield Point(curve, step, torch.stack(losses).mean().item() / (count * len(rates)))
     final = weights.detach()
     hidden = layer.hidden(final, x)
     mean, variance = moments(hidden)
