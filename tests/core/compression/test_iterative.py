@@ -143,6 +143,17 @@ class TestLoop:
             assert torch.equal(with_inputs.state_dict()[name], value)
         assert with_inputs.training
 
+    def test_no_rounds_train_once(self):
+        training = Training()
+        _, report = IterativePruner(FixedRatio(0.5), rounds=0).compress(network(), training)
+        assert [one.remaining for one in report.rounds] == [48]
+        assert len(training.given) == 1
+
+    def test_everything_may_go(self):
+        result, report = IterativePruner(FixedRatio(1.0), rounds=1).compress(network(), Training())
+        assert report.rounds[-1].remaining == 0
+        assert not result[0].weight.any()
+
     def test_thirty_rounds_unless_said_otherwise(self):
         _, report = IterativePruner(FixedRatio(0)).compress(network(), lambda model: None)
         assert len(report.rounds) == 31
@@ -282,7 +293,7 @@ def test_many_ties_go_to_the_earlier():
     assert marked.sum() == 1234
 
 
-@given(st.lists(st.lists(st.integers(0, 10**6), min_size=1, max_size=4), min_size=1, max_size=5), st.floats(0, 1.2))
+@given(st.lists(st.lists(st.integers(0, 10**9), min_size=1, max_size=4), min_size=1, max_size=5), st.floats(0, 1.2))
 def test_limits_are_hit_exactly_and_in_proportion(counts, share):
     total = sum(map(sum, counts))
     allowed = int(share * total)
@@ -296,6 +307,17 @@ def test_limits_are_hit_exactly_and_in_proportion(counts, share):
         for count, left in zip(part, limited, strict=True):
             assert 0 <= left <= count
             assert abs(left - count * allowed / total) < 1 + 1e-6
+
+
+def test_what_is_left_over_goes_to_the_largest_remainder():
+    (got,) = _limited([torch.tensor([1, 8])], 7)  # 7/9 and 56/9
+    assert got.tolist() == [1, 6]
+
+
+def test_fixed_ratio_of_more_weights_than_float32_can_count():
+    many = 30_000_001
+    (count,) = FixedRatio(1.0).counts(torch.ones(1, 1).expand(1, many), torch.tensor([[True]]).expand(1, many)).tolist()
+    assert count == many
 
 
 @given(st.integers(0, 200), st.floats(0, 1))
