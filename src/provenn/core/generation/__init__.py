@@ -1,0 +1,1 @@
+"""What generative methods share: noising processes, and measures of how good samples are."""

@@ -1,0 +1,1 @@
+"""What graph networks share: adjacency matrices, their normalisations, and propagation along edges."""
