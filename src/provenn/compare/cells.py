@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 
 from provenn.claims.claim import Claim, Event, Evidence, Trial, Verdict
-from provenn.compare.kind import Setup
 from provenn.compare.lookup import find_kind, find_part, find_task
-from provenn.compare.task import Split, Task
 from provenn.core.experiment.seeding import seeded
 
 REFERENCE = f"{__name__}:CELLS"
@@ -23,16 +20,10 @@ def run(trial: Trial) -> Iterator[Event]:
     """Run the part that ``trial.arm`` names on the task that ``trial.study`` names."""
     kind_name, _, task_name = trial.study.partition("/")
     kind, task = find_kind(kind_name), find_task(task_name)
-    scale = task.scale(trial.device)
-    setup = Setup(task, scale, _split(task, trial.device), trial.seed, trial.device, trial.tuning)
+    setup = task.setup(trial.seed, trial.device, trial.tuning)
     # Whatever a part draws from torch's global generator depends on the seed alone.
     with seeded(trial.seed, "part"):
         yield from kind.run(setup, find_part(kind, trial.arm), trial.settings)
-
-
-@cache
-def _split(task: Task, device: str) -> Split:
-    return task.scale(device).data().to(device)
 
 
 def _judge(evidence: Evidence) -> Verdict:

@@ -61,7 +61,7 @@ def _run(comparison: Comparison, workers: int | None, timeout: float) -> tuple[l
 
     from provenn.claims.workers import Workers
     from provenn.compare.lookup import find_kind, find_task
-    from provenn.compare.running import run_comparison
+    from provenn.compare.running import run_comparison, tuning_runs
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     default = 1 if comparison.device.startswith("cuda") else cores
@@ -70,7 +70,7 @@ def _run(comparison: Comparison, workers: int | None, timeout: float) -> tuple[l
     columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TimeRemainingColumn())
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            runs = comparison.trials + comparison.seeds
+            runs = tuning_runs(comparison) + comparison.seeds
             bars = {part: progress.add_task(part, total=runs) for part in comparison.parts}
             results = run_comparison(comparison, executor, lambda part, share: progress.advance(bars[part], share))
     finally:

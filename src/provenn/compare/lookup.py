@@ -16,7 +16,7 @@ from provenn.core.nearest import unknown_name_message
 
 if TYPE_CHECKING:
     from provenn.compare.kind import Kind
-    from provenn.compare.task import Task
+    from provenn.compare.task import AnyTask
 
 _HERE = Path(__file__).parent
 
@@ -50,23 +50,26 @@ def find_kind(name: str) -> Kind:
 
 
 @cache
-def find_task(name: str) -> Task:
-    """Return a task: one that ships, or ``module.NAME`` of a user's own, a ``Task`` or what returns one.
+def find_task(name: str) -> AnyTask:
+    """Return a task: one that ships, or ``module.NAME`` of a user's own, a ``Task``, a ``SearchTask`` or what returns
+    one.
 
     Raises:
         UsageError: There is no such task; for one without a dot the message names the nearest.
     """
+    from provenn.compare.search_task import SearchTask
     from provenn.compare.task import Task
 
     if name in task_names():
-        shipped: Task = importlib.import_module(f"provenn.compare.tasks.{name.replace('-', '_')}").TASK
+        shipped: AnyTask = importlib.import_module(f"provenn.compare.tasks.{name.replace('-', '_')}").TASK
         return shipped
     if "." not in name:
         raise UsageError(unknown_name_message("task", name, task_names()))
     found = import_dotted("task", name)
     task = found() if callable(found) else found
-    if not isinstance(task, Task):
-        raise UsageError(f"task {name} must be a provenn.compare.task.Task or return one, got {type(task).__name__}")
+    if not isinstance(task, Task | SearchTask):
+        wanted = "a Task or SearchTask of provenn.compare, or return one"
+        raise UsageError(f"task {name} must be {wanted}, got {type(task).__name__}")
     return task
 
 

@@ -1,10 +1,12 @@
-"""The plot of a comparison: the trade-off where there are two axes, else the seeds and their mean."""
+"""The plot of a comparison: the trade-off where there are two axes, else the seeds and their mean, and their course."""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -13,7 +15,7 @@ from provenn.compare.pareto import front
 from provenn.compare.ranking import Row
 
 
-def draw(rows: Sequence[Row], metric: str, maximize: bool, cost: str | None, title: str) -> bytes:
+def draw(rows: Sequence[Row], metric: str, maximize: bool, cost: str | None, over: str | None, title: str) -> bytes:
     """Return the plot as PNG.
 
     Args:
@@ -21,15 +23,21 @@ def draw(rows: Sequence[Row], metric: str, maximize: bool, cost: str | None, tit
         metric: What the task measures, for an axis.
         maximize: Whether more of it is better.
         cost: What the second axis is; ``None`` if there is none.
+        over: What the course is drawn over; ``None`` if there is none.
         title: The plot's title.
     """
     ranked = [row for row in rows if row.rank is not None]
-    figure = Figure(figsize=(7, 1.6 + 0.4 * len(ranked) if cost is None else 4.8), layout="constrained")
-    axes = figure.add_subplot(title=title)
-    if cost is None:
-        _seeds(axes, ranked, metric)
+    bars = 1.6 + 0.4 * len(ranked)
+    heights = [4.8] if cost is not None else [bars] if over is None else [bars, 3.6]
+    figure = Figure(figsize=(7, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+    figure.suptitle(title)
+    if cost is not None:
+        _trade_off(panels[0], ranked, metric, maximize, cost)
     else:
-        _trade_off(axes, ranked, metric, maximize, cost)
+        _seeds(panels[0], ranked, metric)
+    if over is not None:
+        _courses(panels[-1], ranked, metric, over)
     stream = io.BytesIO()
     FigureCanvasAgg(figure).print_png(stream)
     return stream.getvalue()
@@ -55,6 +63,18 @@ def _trade_off(axes: Axes, ranked: Sequence[Row], metric: str, maximize: bool, c
     best = front([(x, sign * y) for points in means.values() for x, y in points])
     axes.plot([x for x, _ in best], [sign * y for _, y in best], "s", color="black", mfc="none", ms=11, label="Pareto")
     axes.set(xscale="log", xlabel=cost, ylabel=f"{metric} (mean over seeds)")
+    axes.legend()
+
+
+def _courses(axes: Axes, ranked: Sequence[Row], metric: str, over: str) -> None:
+    for row in ranked:
+        courses = np.array([run.course for run in row.result.runs])
+        x, y = courses[0, :, 0], courses[:, :, 1]
+        (line,) = axes.plot(x, y.mean(axis=0), label=row.result.part)
+        if len(y) > 1:
+            error = y.std(axis=0, ddof=1) / math.sqrt(len(y))
+            axes.fill_between(x, y.mean(axis=0) - error, y.mean(axis=0) + error, color=line.get_color(), alpha=0.2)
+    axes.set(xlabel=over, ylabel=f"{metric} (mean ± standard error)")
     axes.legend()
 
 

@@ -21,7 +21,7 @@ from provenn.claims.cells import environment
 from provenn.compare.lookup import find_kind, find_task
 from provenn.compare.plotting import draw
 from provenn.compare.ranking import Row
-from provenn.compare.running import Comparison
+from provenn.compare.running import Comparison, tuning_runs
 from provenn.core.experiment.statistics import Interval
 
 COLUMNS = ("rank", "part", "score", "behind the leader", "settings", "steps")
@@ -68,7 +68,9 @@ def heading(comparison: Comparison) -> str:
 def _caption(comparison: Comparison) -> str:
     seeds = f"{comparison.seeds} seed{'s' if comparison.seeds > 1 else ''}"
     interval = "mean over seeds and 95 % bootstrap interval" if comparison.seeds > 1 else "one seed says little"
-    return f"{comparison.trials} tuning runs a part, {seeds}; {interval}; task: {find_task(comparison.task).summary}"
+    runs = tuning_runs(comparison)
+    tuning = f"{runs} tuning run{'s' if runs > 1 else ''} a part" if runs else "no tuning"
+    return f"{tuning}, {seeds}; {interval}; task: {find_task(comparison.task).summary}"
 
 
 def plain(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
@@ -80,6 +82,7 @@ def plain(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
         "headline": kind.headline(task),
         "maximize": kind.maximize(task),
         "cost": kind.cost,
+        "over": kind.over,
         "environment": dict(environment(comparison.device)),
         "ranking": [_plain_row(row) for row in rows],
     }
@@ -127,7 +130,7 @@ def write(comparison: Comparison, rows: Sequence[Row], folder: Path) -> list[Pat
     """
     kind, task = find_kind(comparison.kind), find_task(comparison.task)
     headline = kind.headline(task) if kind.cost is None else task.metric
-    png = draw(rows, headline, task.maximize, kind.cost, f"{comparison.kind} on {task.name}")
+    png = draw(rows, headline, task.maximize, kind.cost, kind.over, f"{comparison.kind} on {task.name}")
     contents: Mapping[str, bytes] = {
         "csv": as_csv(rows).encode(),
         "json": (json.dumps(plain(comparison, rows), indent=1, ensure_ascii=False) + "\n").encode(),

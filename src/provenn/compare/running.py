@@ -31,7 +31,8 @@ class Comparison:
         kind: Name of the kind.
         task: Name of the task.
         parts: Names of the parts.
-        trials: Tuning runs of each part; with 0, each runs with its own defaults.
+        trials: Tuning runs of each part; with 0, or where the task leaves nothing to tune, each runs with its own
+            defaults.
         seeds: Runs of each part that count.
         device: Where they run.
     """
@@ -44,14 +45,20 @@ class Comparison:
     device: str = "cpu"
 
 
+def tuning_runs(comparison: Comparison) -> int:
+    """Return the tuning runs that each part gets: none where the task leaves nothing to tune."""
+    return comparison.trials if find_task(comparison.task).kinds[comparison.kind] else 0
+
+
 @dataclass(frozen=True)
 class SeedRun:
-    """What one seed left: the headline figure, the steps, the trade-off's points and the seconds."""
+    """What one seed left: the headline figure, the steps, the points of trade-off and course, and the seconds."""
 
     seed: int
     score: float
     steps: int
     front: tuple[tuple[float, float], ...] = ()
+    course: tuple[tuple[float, float], ...] = ()
     seconds: float = 0.0
 
 
@@ -75,11 +82,12 @@ class _Course:
         self._comparison = comparison
         self._space = task.kinds[comparison.kind]
         self._maximize = kind.maximize(task)
-        self._study = _study(self._space, comparison.trials, self._maximize)
+        self._trials = tuning_runs(comparison)
+        self._study = _study(self._space, self._trials, self._maximize)
         self._trial: optuna.Trial | None = None
         self._reason = ""
-        self._waiting = list(range(1, comparison.seeds + 1)) if comparison.trials == 0 else []
-        self._tuned = comparison.trials == 0
+        self._waiting = list(range(1, comparison.seeds + 1)) if self._trials == 0 else []
+        self._tuned = self._trials == 0
 
     def next_job(self) -> Job | None:
         """Return the next run, if one can start now."""
@@ -106,8 +114,8 @@ class _Course:
         if key.tuning:
             self._tell(score if math.isfinite(score) else None, f"its {score} score is no number")
             return
-        front = record.curves.get("front", ())
-        self.result.runs.append(SeedRun(key.seed, score, int(record.metrics["steps"]), tuple(front), record.seconds))
+        front, course = (tuple(record.curves.get(name, ())) for name in ("front", "course"))
+        self.result.runs.append(SeedRun(key.seed, score, int(record.metrics["steps"]), front, course, record.seconds))
         self.result.runs.sort(key=lambda run: run.seed)
 
     def failed(self, key: CellKey, cause: str) -> None:
@@ -127,7 +135,7 @@ class _Course:
         else:
             self._study.tell(self._trial, score)
         self._trial = None
-        if len(self.result.tried) == self._comparison.trials:
+        if len(self.result.tried) == self._trials:
             self._settle()
 
     def _settle(self) -> None:

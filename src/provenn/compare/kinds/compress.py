@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from provenn.claims.claim import Event, Metric, Point, Progress, Settings
-from provenn.compare.kind import Kind, Setup, accepted
+from provenn.compare.kind import Kind, accepted
 from provenn.compare.pareto import hypervolume
-from provenn.compare.task import Task
+from provenn.compare.task import Setup, Task
 from provenn.core.experiment.seeding import seeded
 from provenn.core.experiment.training import train
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from provenn.claims.claim import Event, Metric, Point, Progress, Settings
-from provenn.compare.kind import Kind, Setup, accepted
+from provenn.compare.kind import Kind, accepted
+from provenn.compare.task import Setup
 from provenn.core.experiment.training import Batch, Update
 
 
