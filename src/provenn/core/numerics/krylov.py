@@ -153,11 +153,11 @@ class Lanczos:
         return values, vectors
 
 
-def lanczos(A: Tensor, v0: Float[Tensor, " n"], k: int, reorthogonalize: bool = True) -> Lanczos:
+def lanczos(A: Tensor | Operator, v0: Float[Tensor, " n"], k: int, reorthogonalize: bool = True) -> Lanczos:
     """Run k steps of Lanczos' method on a symmetric matrix.
 
     Args:
-        A: Symmetric, dense or sparse, (n, n).
+        A: Symmetric: a matrix, dense or sparse, (n, n), or a map v ↦ A v.
         v0: The start, any length but zero.
         k: Steps, at most n.
         reorthogonalize: Whether each new vector is made orthogonal to all before it, twice. Without, orthogonality is
@@ -178,22 +178,26 @@ def lanczos(A: Tensor, v0: Float[Tensor, " n"], k: int, reorthogonalize: bool = 
     Source: Lanczos, J. Res. NBS 45 (1950); Parlett, The Symmetric Eigenvalue Problem (1998), ch. 13; Kaneda et al.,
     arXiv 2205.10763, section on the training data, for its use here.
     """
-    A = as_csr("A", A)
-    size = A.shape[0]
+    if isinstance(A, Tensor):
+        matrix = as_csr("A", A)
+        if v0.shape != (len(matrix),):
+            raise ValueError(f"v0 must have shape ({len(matrix)},), got {tuple(v0.shape)}")
+        v0 = v0.to(matrix.device, matrix.dtype)
+        apply: Operator = matrix.matmul
+    else:
+        apply = A
+    size = len(v0)
     check_integer("k", k, at_least=1, at_most=size)
-    if v0.shape != (size,):
-        raise ValueError(f"v0 must have shape ({size},), got {tuple(v0.shape)}")
-    v0 = v0.to(A.device, A.dtype)
     length = v0.norm().item()
     if not 0 < length < float("inf"):
         raise ValueError(f"v0 must be finite and not zero, got one of norm {length}")
-    W = torch.zeros(k, size, dtype=A.dtype, device=A.device)
+    W = torch.zeros(k, size, dtype=v0.dtype, device=v0.device)
     W[0] = v0 / length
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     scale = 0.0
     for j in range(k):
-        w = A @ W[j]
+        w = apply(W[j])
         alphas.append(W[j].dot(w))
         scale = max(scale, w.norm().item())
         if j + 1 == k:
@@ -205,7 +209,7 @@ def lanczos(A: Tensor, v0: Float[Tensor, " n"], k: int, reorthogonalize: bool = 
             for _ in range(2):  # once leaves errors of the order of what was removed
                 w = w - W[: j + 1].T @ (W[: j + 1] @ w)
         beta = w.norm()
-        if beta.item() <= size * torch.finfo(A.dtype).eps * scale:
+        if beta.item() <= size * torch.finfo(v0.dtype).eps * scale:
             break
         betas.append(beta)
         W[j + 1] = w / beta
