@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from provenn.core.experiment.seeding import derive_seed, generator
-from provenn.core.experiment.training import minibatches, train
+from provenn.core.experiment.training import completed, minibatches, train
 
 EPOCHS = 5
 
@@ -123,6 +123,24 @@ def test_a_finished_run_yields_nothing_and_is_loaded(tmp_path):
     assert same(again.ends(), whole.ends())
 
 
+def test_completed_returns_the_epochs_behind_a_checkpoint(tmp_path):
+    path = tmp_path / "run.pt"
+    assert completed(None) == completed(path) == []
+    expected = list(Run().train())
+    loop = Run().train(path)
+    for count in range(1, EPOCHS):
+        next(loop)
+        assert completed(path) == completed(str(path)) == expected[:count]
+    list(Run().train(path))
+    assert completed(path) == expected
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="cannot be read"):
+        completed(path)
+    torch.save({"model": {}}, path)
+    with pytest.raises(ValueError, match="must hold a history"):
+        completed(path)
+
+
 def test_more_epochs_go_on(tmp_path):
     path = tmp_path / "run.pt"
     list(Run().train(path, epochs=2))
@@ -142,7 +160,7 @@ def test_a_bad_loss_is_not_saved(tmp_path):
 
     with pytest.raises(FloatingPointError, match="epoch 2"):
         list(run.train(path, batches=batches))
-    assert torch.load(path)["epoch"] == 2
+    assert [epoch.index for epoch in completed(path)] == [0, 1]
     assert all(torch.isfinite(value).all() for value in torch.load(path)["model"].values())
 
 
@@ -183,8 +201,7 @@ class TestTheFileIsWhole:
         )
         path = tmp_path / "run.pt"
         assert subprocess.run([sys.executable, "-c", code, path], timeout=120).returncode == 9
-        held = torch.load(path)
-        assert (held["epoch"], held["step"]) == (1, 1)
+        assert [(epoch.index, epoch.step) for epoch in completed(path)] == [(0, 1)]
 
 
 class TestErrors:

@@ -11,32 +11,22 @@ What other loops do by callbacks is here the body of a ``for``: log a point, eva
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from provenn.core.experiment.checkpoints import Epoch, Stateful, completed, resume, save
 from provenn.core.experiment.checks import check_integer
 from provenn.core.experiment.recording import evaluating
+
+__all__ = ["Batch", "Epoch", "Loss", "Update", "accuracy", "completed", "minibatches", "predict", "train"]
 
 Batch = Sequence[Tensor]
 Loss = Callable[..., Tensor]
 Update = Callable[[Batch], Tensor]
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What is known after an epoch: its index from 0, the optimizer steps taken so far, the mean training loss."""
-
-    index: int
-    step: int
-    loss: float
 
 
 def minibatches(
@@ -107,8 +97,8 @@ def train(
         update: Takes over a whole step: ``update(batch)`` does what it wants and returns the loss to report. The
             optimizer is then only checkpointed; the scheduler is stepped after each call.
         checkpoint: File that holds model, optimizer, scheduler and epoch after every epoch, replaced at once, and
-            loaded to whatever device the model is on. If it exists, training continues after its last epoch, and the
-            epochs before are not yielded again.
+            loaded to whatever device the model is on. If it exists, training continues after its last epoch; the
+            epochs before are not yielded again, and ``completed(checkpoint)`` returns them.
 
     Yields:
         One :class:`Epoch` after every epoch.
@@ -145,8 +135,11 @@ def _epochs(
     update: Update | None,
     checkpoint: str | Path | None,
 ) -> Iterator[Epoch]:
-    stateful = {"model": model, "optimizer": optimizer} | ({} if scheduler is None else {"scheduler": scheduler})
-    first, step = _resume(checkpoint, stateful)
+    stateful: dict[str, Stateful] = {"model": model, "optimizer": optimizer}
+    if scheduler is not None:
+        stateful["scheduler"] = scheduler
+    done = resume(checkpoint, stateful)
+    first, step = len(done), done[-1].step if done else 0
     for index in range(first, epochs):
         model.train()
         losses, sizes = [], []
@@ -161,9 +154,10 @@ def _epochs(
             sizes.append(sum(len(batch[0]) for batch in group))
         mean = _mean_loss(losses, sizes, index, step)
         step += len(losses)
+        done.append(Epoch(index, step, mean))
         if checkpoint is not None:
-            _save(Path(checkpoint), stateful, index + 1, step)
-        yield Epoch(index, step, mean)
+            save(Path(checkpoint), stateful, done)
+        yield done[-1]
 
 
 def _mean_loss(losses: Sequence[Tensor], sizes: Sequence[int], epoch: int, step: int) -> float:
@@ -217,52 +211,6 @@ def _scalar(name: str, value: Tensor) -> Tensor:
     if value.numel() != 1:
         raise ValueError(f"{name} must return a scalar, got shape {tuple(value.shape)}")
     return value.reshape(())
-
-
-def _resume(checkpoint: str | Path | None, stateful: dict[str, Any]) -> tuple[int, int]:
-    if checkpoint is None:
-        return 0, 0
-    path = Path(checkpoint)
-    if not path.exists():
-        _check_writable(path)
-        return 0, 0
-    with path.open("rb") as file:
-        try:
-            held = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # what a damaged file raises depends on where the damage is
-            raise ValueError(f"checkpoint {str(path)!r} cannot be read; delete it to start afresh: {error}") from error
-    wanted = {*stateful, "epoch", "step"}
-    if not isinstance(held, dict) or set(held) != wanted:
-        found = sorted(map(str, held)) if isinstance(held, dict) else type(held).__name__
-        raise ValueError(f"checkpoint {str(path)!r} must hold {sorted(wanted)}, got {found}")
-    for name, part in stateful.items():
-        try:
-            part.load_state_dict(held[name])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"checkpoint {str(path)!r} does not fit the {name}: {error}") from error
-    return held["epoch"], held["step"]
-
-
-def _check_writable(path: Path) -> None:
-    """Try the checkpoint's folder before an epoch is spent on what cannot be saved."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
-
-
-def _save(path: Path, stateful: dict[str, Any], epoch: int, step: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    held = {name: part.state_dict() for name, part in stateful.items()} | {"epoch": epoch, "step": step}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(held, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def predict(model: nn.Module, inputs: Tensor, batch_size: int = 512) -> Tensor:
