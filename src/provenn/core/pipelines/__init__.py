@@ -1,0 +1,1 @@
+"""Pipelines of stages: schedules, partitions, timelines simulated and measured, workers and what they send."""
