@@ -262,8 +262,8 @@ CLAIM = Claim(
     slug="level-set-traversal",
     statement=(
         "Level set traversal ends at images that are close to any target and keep the source's confidence; the "
-        "straight lines back stay confident; and adversarially trained networks keep it over a larger share of the triangles "
-        "between a source and two such ends."
+        "straight lines back stay confident; and adversarially trained networks keep it over a larger share of the "
+        "triangles between a source and two such ends."
     ),
     figures=(
         Figure(
