@@ -1,5 +1,6 @@
 """Networks that the tests of pipelines share; in a module of their own, so that worker processes can load them."""
 
+import threading
 import time
 
 import torch
@@ -101,6 +102,25 @@ class Count(nn.Module):
         return x * 1
 
 
+RELEASED = threading.Event()
+"""Ends what hangs in this process."""
+
+
+class _Hang(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, where):
+        ctx.where = where
+        if where == "forward":
+            RELEASED.wait(HANG)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.where == "backward":
+            RELEASED.wait(HANG)
+        return gradient, None
+
+
 class _Sleep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, forward, backward):
@@ -152,13 +172,16 @@ class _Raise(torch.autograd.Function):
         raise ValueError("broken on purpose")
 
 
+HANG = 30.0
+"""Seconds: longer than any test waits."""
+
+
 class Hang(nn.Module):
-    """Hangs in the forward or the backward pass, for as long as any test may take."""
+    """Hangs in the forward or the backward pass."""
 
     def __init__(self, where):
         super().__init__()
         self.where = where
 
     def forward(self, x):
-        long = 30.0
-        return _Sleep.apply(x, long if self.where == "forward" else 0.0, long)
+        return _Hang.apply(x, self.where)

@@ -67,7 +67,7 @@ def balance_by_time(k: int, module: nn.Sequential, sample: Sample, *, rounds: in
     check_integer("rounds", rounds, at_least=1)
 
     def seconds(layer: nn.Module, inputs: Sample, stored: dict[str, Tensor]) -> float:
-        return statistics.median(_seconds(layer, inputs, dict(stored)) for _ in range(rounds))
+        return statistics.median(_seconds(layer, inputs, stored) for _ in range(rounds))
 
     return optimal_partition(_profile(module, sample, seconds), k)
 
@@ -101,7 +101,7 @@ def balance_by_size(
 
     def size(layer: nn.Module, inputs: Sample, stored: dict[str, Tensor]) -> float:
         with TensorMemory() as memory:
-            outputs = _call(layer, inputs, dict(stored))
+            outputs = _call(layer, inputs, _fresh(stored))
             latent: int = memory.current
         del outputs
         parameters = sum(one.numel() * one.element_size() for one in layer.parameters())
@@ -142,6 +142,10 @@ def _detached(tensor: Any) -> Any:
     return plain.requires_grad_().clone() if plain.is_floating_point() else plain
 
 
+def _fresh(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _detached(one) for name, one in stored.items()}
+
+
 def _call(layer: nn.Module, inputs: Sample, stored: dict[str, Tensor]) -> Any:
     with skips_under_way(stored):
         return layer(inputs)
@@ -150,10 +154,11 @@ def _call(layer: nn.Module, inputs: Sample, stored: dict[str, Tensor]) -> Any:
 def _seconds(layer: nn.Module, inputs: Sample, stored: dict[str, Tensor]) -> float:
     devices = _cuda_devices(layer)
     first, second = tree_map(_detached, inputs), tree_map(_detached, inputs)
+    forward_skips, backward_skips = _fresh(stored), _fresh(stored)
     start = _now(devices)
     with torch.no_grad():
-        _call(layer, first, dict(stored))
-    outputs = _call(layer, second, stored)
+        _call(layer, first, forward_skips)
+    outputs = _call(layer, second, backward_skips)
     ends = [one for one in (outputs if isinstance(outputs, tuple) else (outputs,)) if one.requires_grad]
     torch.autograd.backward(ends, [torch.ones_like(one) for one in ends])
     return _now(devices) - start

@@ -89,10 +89,13 @@ class DeferredBatchNorm(_BatchNorm):
         self._wanted, self._passed, self._count = micro_batches, 0, 0
 
     def forward(self, x: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
-        """Return the normalised input.
+        """Normalise a micro-batch.
 
         Args:
-            x: A micro-batch.
+            x: The micro-batch.
+
+        Returns:
+            The normalised input.
         """
         if x.dim() < 2 or x.shape[1] != self.num_features:
             raise ValueError(f"x must be (batch, {self.num_features}, ...), got {tuple(x.shape)}")

@@ -110,7 +110,7 @@ class LocalEngine:
         """Do nothing: threads end with their pass."""
 
     def _tasks(self) -> list[Task]:
-        return [task for worker in self._workers for task in worker.tasks]
+        return [task for worker in self._workers for task in worker.take_tasks()]
 
     def _link(self) -> QueueLinks:
         links = QueueLinks(self._routes)

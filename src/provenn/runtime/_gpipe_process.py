@@ -249,7 +249,6 @@ def _serve(index: int, payload: _Payload, progress: Progress) -> Handler:
             if request.what == "forward":
                 parcels = worker.forward_pass(request.call, request.fed)
                 return _answer(worker, links, parcels, ())
-            worker.tasks.clear()
             parcels = worker.backward_pass(request.call, request.fed)
         gradients = stage.take_gradients()
         for name, gradient in gradients.items():
@@ -261,7 +260,7 @@ def _serve(index: int, payload: _Payload, progress: Progress) -> Handler:
 
 def _answer(worker: Worker, links: GlooLinks, parcels: list[Parcel], gradients: tuple[str, ...]) -> _Answer:
     drawn = worker.stage.drawn.any
-    return _Answer([_on_cpu(one) for one in parcels], drawn, list(worker.tasks), links.traffic, gradients)
+    return _Answer([_on_cpu(one) for one in parcels], drawn, worker.take_tasks(), links.traffic, gradients)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ class Worker:
 
     def __init__(self, stage: Stage, links: Links, progress: Progress) -> None:
         self.stage, self.links, self.progress = stage, links, progress
-        self.tasks: list[Task] = []
+        self._tasks: list[Task] = []
         self._forms: dict[tuple[int, int], tuple[bool, int]] = {}  # of inputs: a tuple?, how many
 
     def forward(self, call: Call, i: int, fed: Parcel | None) -> Parcel | None:
@@ -128,8 +128,13 @@ class Worker:
         Args:
             call: The call.
         """
-        self.tasks.clear()
+        self._tasks.clear()
         self.stage.begin(call)
+
+    def take_tasks(self) -> list[Task]:
+        """Return the tasks since it was last asked, with their times."""
+        taken, self._tasks = self._tasks, []
+        return taken
 
     def drop(self, number: int) -> None:
         """Forget a call.
@@ -149,7 +154,7 @@ class Worker:
             yield
             if device is not None and device.type == "cuda":
                 torch.cuda.synchronize(device)  # a task ends when its device is done: what follows may be elsewhere
-            self.tasks.append(Task(kind, self.stage.index, i, start, time.perf_counter()))
+            self._tasks.append(Task(kind, self.stage.index, i, start, time.perf_counter()))
 
 
 def _joined(parcel: Parcel, skips: Sequence[Parcel]) -> Parcel:

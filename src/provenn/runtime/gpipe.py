@@ -112,6 +112,7 @@ class GPipe(nn.Module):
         self._names = tuple(module._modules)
         self._numbers = count()
         self._engine: Engine | None = None
+        self._closed = False
         self._parts: tuple[nn.Sequential, ...] = ()
         self._tasks: tuple[int, list[Task]] = (0, [])
         for name, layer in module._modules.items():
@@ -157,6 +158,7 @@ class GPipe(nn.Module):
 
     def close(self) -> None:
         """End the workers. May be called twice; a pipeline of processes takes no calls afterwards."""
+        self._closed = True
         if self._engine is not None:
             self._engine.close()
 
@@ -217,6 +219,8 @@ class GPipe(nn.Module):
             skips = skip_layout(self._parts)
             devices: Sequence[torch.device | None] = self.devices or [None] * len(self._parts)
             if self.backend == "process":
+                if self._closed:
+                    raise RuntimeError("the pipeline has no workers: it was closed")
                 self._engine = ProcessEngine(self._parts, skips, devices, self.timeout)
             else:
                 threads = self.backend == "thread"
@@ -243,7 +247,7 @@ class GPipe(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles hold no workers; they start their own.
-        return {**self.__dict__, "_engine": None, "_numbers": count(), "_tasks": (0, [])}
+        return {**self.__dict__, "_engine": None, "_closed": False, "_numbers": count(), "_tasks": (0, [])}
 
 
 def _check_module(module: nn.Sequential) -> None:

@@ -94,6 +94,7 @@ class QueueLinks:
     def __init__(self, routes: Iterable[Route]) -> None:
         self.traffic = Traffic()
         self._queues: dict[Route, queue.SimpleQueue[Parcel | None]] = {route: queue.SimpleQueue() for route in routes}
+        self._whole = True
 
     def send(self, route: Route, parcel: Parcel) -> None:
         """Send a parcel."""
@@ -107,7 +108,7 @@ class QueueLinks:
             LostStageError: The links were cut.
         """
         parcel = self._queues[route].get()
-        if parcel is None:
+        if parcel is None or not self._whole:
             raise LostStageError(f"stage {route.target} lost stage {route.source}")
         return parcel
 
@@ -115,7 +116,8 @@ class QueueLinks:
         """Do nothing: a queue takes everything at once."""
 
     def cut(self) -> None:
-        """Wake every stage that waits, now or later."""
+        """End every stage that waits, now or later, whatever has been sent."""
+        self._whole = False
         for one in self._queues.values():
             one.put(None)
 
