@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from provenn.claims import (
+    Bar,
     Claim,
     Comparison,
     Evidence,
@@ -111,6 +112,16 @@ def diverging(trial: Trial) -> Iterator[Event]:
     yield Metric("validation" if trial.tuning else "score", float("nan") if gain < 0 else gain)
 
 
+def drawing(trial: Trial) -> Iterator[Event]:
+    """Draws two charts, and leaves a curve beside them."""
+    for step in range(3):
+        yield Bar("schedule, in ms", f"stage {step % 2}", "forward" if step < 2 else "backward", step, step + 0.5)
+        yield Point("level", step, trial.seed)
+    if trial.arm == "method":
+        yield Bar("other chart", "row <b>", "kind & kind", 0, 1 + trial.seed)
+    yield Metric("score", float(trial.seed) + (trial.arm == "method"))
+
+
 def empty(trial: Trial) -> Iterator[Event]:
     yield Metric("score", float(trial.seed))
 
@@ -136,6 +147,7 @@ GAINS = tuple({"gain": gain} for gain in (1.0, 2.0, 3.0, 2))
 
 QUICK = claim("fake-quick", Study(PAIR, TIERS))
 TUNED = claim("fake-tuned", Study(PAIR, TIERS, Tuning(GAINS, "validation")), deviations=("All of it is fake.",))
+DRAWS = claim("fake-draws", Study(PAIR, TIERS), run=drawing)
 SLOW = claim(
     "fake-slow",
     Study(PAIR, {"small": Tier(16, {"steps": 10, "pause": 0.05})}, Tuning(GAINS, "validation")),

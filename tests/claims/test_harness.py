@@ -142,7 +142,7 @@ FAILURES = {
     "OVERFLOWS": "left score = inf",
     "SILENT": "left no metric",
     "OTHER": "left no metric 'score', only loss",
-    "WRONG": "raised TypeError: run must yield Metric, Point or Progress, got 3.0",
+    "WRONG": "raised TypeError: run must yield Metric, Point, Bar or Progress, got 3.0",
 }
 TAKE_THE_WORKER_ALONG = ("DIES", "CRASHES", "EXITS", "HANGS")
 

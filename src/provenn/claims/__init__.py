@@ -1,6 +1,7 @@
 """Claims: each paper's headline statement as an experiment, and the harness that runs them."""
 
 from provenn.claims.claim import (
+    Bar,
     Claim,
     Comparison,
     Evidence,
@@ -16,6 +17,7 @@ from provenn.claims.claim import (
 )
 
 __all__ = [
+    "Bar",
     "Claim",
     "Comparison",
     "Evidence",

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from provenn.claims.claim import Claim, Metric, Point, Progress, Trial
+from provenn.claims.claim import Bar, Claim, Metric, Point, Progress, Trial
 from provenn.claims.ledger import CellKey, Record
 from provenn.claims.memory import peak_memory, reset_peak
 
@@ -119,10 +119,12 @@ def _run(claim: Claim, job: Job) -> Iterator[Message]:
             metrics[event.name] = float(event.value)
         elif isinstance(event, Point):
             curves.setdefault(event.curve, []).append((float(event.x), float(event.y)))
+        elif isinstance(event, Bar):
+            curves.setdefault(event.curve, []).append((float(event.start), float(event.end)))
         elif isinstance(event, Progress):
             done, total = int(event.done), int(event.total)
         else:
-            raise TypeError(f"run must yield Metric, Point or Progress, got {event!r}")
+            raise TypeError(f"run must yield Metric, Point, Bar or Progress, got {event!r}")
         now = time.perf_counter()
         if now - told >= LIVE_SECONDS:
             told = now

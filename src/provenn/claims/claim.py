@@ -39,6 +39,31 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Bar:
+    """An event of a run: one bar of a named chart, such as a task in a schedule: a stretch of a row, by its kind."""
+
+    chart: str
+    row: str
+    kind: str
+    start: float
+    end: float
+
+    @property
+    def curve(self) -> str:
+        """The name of the curve whose points (start, end) are the bars of the same chart, row and kind."""
+        return _BETWEEN.join(("", self.chart, self.row, self.kind))
+
+    @staticmethod
+    def place(curve: str) -> tuple[str, str, str] | None:
+        """Return the chart, the row and the kind that a curve's name stands for; None for a curve of points."""
+        parts = curve.split(_BETWEEN)
+        return (parts[1], parts[2], parts[3]) if len(parts) == 4 and not parts[0] else None
+
+
+_BETWEEN = "\x1f"
+
+
+@dataclass(frozen=True)
 class Progress:
     """An event of a run: ``done`` of ``total`` steps. Shown live, not kept; also a sign of life."""
 
@@ -46,7 +71,7 @@ class Progress:
     total: int
 
 
-Event = Metric | Point | Progress
+Event = Metric | Point | Bar | Progress
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,39 @@ def lines(arms: Mapping[str, Mapping[str, Any]], order: Sequence[str], label: st
         return _svg(figure, f"{label}, a line for each of {', '.join(arms)}")
 
 
+def bars(rows: Sequence[Mapping[str, Any]], label: str, name: str) -> str:
+    """Draw a schedule as a Gantt chart: a bar a task, in the row of who does it, coloured by its kind.
+
+    Args:
+        rows: Bars with ``row``, ``kind``, ``start`` and ``end``.
+        label: The chart in words.
+        name: A name unlike any other figure's on the page.
+    """
+    order = sorted({one["row"] for one in rows})
+    kinds = list(dict.fromkeys(one["kind"] for one in rows))
+    with rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(_WIDTH, 1.4 + 0.35 * len(order)), layout="constrained")
+        axes = figure.subplots()
+        for index, kind in enumerate(kinds):
+            of_kind = [one for one in rows if one["kind"] == kind]
+            axes.barh(
+                [order.index(one["row"]) for one in of_kind],
+                [one["end"] - one["start"] for one in of_kind],
+                left=[one["start"] for one in of_kind],
+                height=0.8,
+                color=_SERIES[index % SERIES],
+                edgecolor=_GRID,
+                linewidth=0.5,
+                label=kind,
+            )
+        axes.set_yticks(range(len(order)), order)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(label)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=9)
+        return _svg(figure, f"{label}, a row for each of {', '.join(order)}")
+
+
 def _line(axes: Axes, band: Mapping[str, Any], colour: str) -> None:
     x, mean, low, high = (_numbers(band[key]) for key in ("x", "mean", "low", "high"))
     axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)

@@ -106,13 +106,18 @@ def _study(summary: Summary, name: str, order: list[str]) -> dict[str, Any]:
         figures.lines(_ordered(curve, order), order, label, f"lines {name} {label}")
         for label, curve in summary["curves"].get(name, {}).items()
     ]
+    charts = [
+        figures.bars(rows, f"{label} · {arm}", f"bars {name} {label} {arm}")
+        for label, arms_of_chart in summary.get("bars", {}).get(name, {}).items()  # older results have none
+        for arm, rows in _ordered(arms_of_chart, order).items()
+    ]
     tuning = summary["tuning"].get(name)
     seeds = {len(values) for metrics in arms.values() for values in metrics.values()}
     return {
         "name": name,
         "arms": order,
         "seeds": max(seeds),
-        "figures": [Markup(svg) for svg in dots + lines],
+        "figures": [Markup(svg) for svg in dots + lines + charts],
         "settings": {arm: one for arm, one in _ordered(summary["settings"][name], order).items() if one},
         "tuning": tuning and {**tuning, "arms": _ordered(tuning["arms"], order)},
     }

@@ -4,7 +4,8 @@ Keys: ``outcome`` and ``reason`` (None at the smoke tier), ``margins``, ``seeds`
 ``comparisons`` (the result table), ``order`` (each study with its arms, the method first, since tables lose theirs in
 what ships), ``arms`` (study → arm → metric → values by seed), ``settings`` (study → arm), ``tuning`` (study → metric,
 maximize, and by arm each setting with its value and whether it was picked), ``curves`` (study → curve → arm → x, mean,
-low, high over seeds, at most 60 points), and how it ran: ``versions``, ``hardware``,
+low, high over seeds, at most 60 points), ``bars`` (study → chart → arm → rows of row, kind, start, end; of the first
+seed that left any), and how it ran: ``versions``, ``hardware``,
 ``platform``, ``threads``, ``device``, ``wall_seconds`` (time with at least one cell running), ``cell_seconds`` (their
 sum), ``peak_memory`` and ``peak_cuda`` (the greatest of any cell, bytes), ``fingerprint``, ``date`` (UTC day of the
 last cell). A figure that is not finite is None.
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from provenn.claims.claim import Cell, Comparison, Evidence, Verdict
+from provenn.claims.claim import Bar, Cell, Comparison, Evidence, Verdict
 from provenn.claims.harness import Ran
 from provenn.claims.ledger import CellKey, Record
 from provenn.core.experiment.statistics import Interval
@@ -51,6 +52,7 @@ def summarise(ran: Ran, verdict: Verdict | None) -> Summary:
         "settings": _by_study((key, dict(cells[0].settings)) for key, cells in evidence.cells.items()),
         "tuning": {study: table for study in plan.studies if (table := _tuning(ran, study))},
         "curves": {study: table for study in plan.studies if (table := _curves(evidence, study))},
+        "bars": {study: table for study in plan.studies if (table := _bars(evidence, study))},
         **_conditions(records),
         "fingerprint": ran.key.fingerprint,
     }
@@ -138,9 +140,22 @@ def _curves(evidence: Evidence, study: str) -> dict[str, dict[str, Any]]:
     for (of, arm), cells in evidence.cells.items():
         if of != study:
             continue
-        for name in dict.fromkeys(name for cell in cells for name in cell.curves):
+        for name in dict.fromkeys(name for cell in cells for name in cell.curves if Bar.place(name) is None):
             curves = [np.asarray(cell.curves[name], dtype=np.float64) for cell in cells if name in cell.curves]
             table.setdefault(name, {})[arm] = _band(curves)
+    return table
+
+
+def _bars(evidence: Evidence, study: str) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    table: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for (of, arm), cells in evidence.cells.items():
+        drawn = [cell for cell in cells if any(Bar.place(name) for name in cell.curves)] if of == study else []
+        for name, ends in drawn[0].curves.items() if drawn else ():
+            place = Bar.place(name)
+            if place is not None:
+                chart, row, kind = place
+                bars = [{"row": row, "kind": kind, "start": _drawn(a), "end": _drawn(b)} for a, b in ends]
+                table.setdefault(chart, {}).setdefault(arm, []).extend(bars)
     return table
 
 
@@ -170,7 +185,11 @@ def _at(curve: np.ndarray, first: np.ndarray, kept: np.ndarray) -> np.ndarray | 
 
 def _rounded(values: np.ndarray) -> list[float | None]:
     """Five significant digits are enough to draw."""
-    return [_finite(float(f"{value:.5g}")) for value in values]
+    return [_finite(_drawn(value)) for value in values]
+
+
+def _drawn(value: float) -> float:
+    return float(f"{value:.5g}")
 
 
 def _conditions(records: Sequence[Record]) -> dict[str, Any]:
