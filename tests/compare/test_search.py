@@ -11,6 +11,7 @@ from compare.planted_searchers import EVALUATIONS, QUIET, SEEN, Hill
 from provenn.claims.workers import Inline
 from provenn.compare.kinds._searchers import BoTorchSearch, RandomSearch, SobolSearch
 from provenn.compare.kinds.search import KIND
+from provenn.compare.lookup import find_task
 from provenn.compare.ranking import rank
 from provenn.compare.reporting import table, write
 from provenn.compare.running import Comparison, PartResult, run_comparison
@@ -96,6 +97,21 @@ def test_the_best_of_what_was_told_leaves_failures_out() -> None:
     assert torch.equal(searcher.best.point, points[2])
     with pytest.raises(RuntimeError, match="nothing was told"):
         RandomSearch(Hill.bounds).best  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["ackley", "branin", "branin-noisy", "hartmann6", "hartmann6-noisy"])
+def test_the_tasks_that_ship_have_their_optimum_where_it_is_published(name) -> None:
+    task = find_task(name)
+    assert task.kinds == {"search": {}}
+    setup = task.setup(1, "cpu", tuning=False)
+    for optimum in setup.objective.optimum:
+        assert setup.regret(optimum) < 1e-4
+    assert setup.regret(setup.bounds[0]) > 0.5
+    assert (task.noise > 0) == name.endswith("noisy")
+    points = SobolSearch(setup.bounds).ask(500)
+    values = torch.tensor([setup.value(point) for point in points])
+    assert 0.7 < values.std().item() < 1.4  # unit variance, 500 points
+    assert values.max() < setup.objective.maximum
 
 
 def test_botorch_searches_better_than_its_first_points() -> None:
