@@ -628,3 +628,32 @@ def test_distances_against_loops():
     assert image_distances(X, TARGET).ssim == ()
     assert image_distances(X, TARGET).perceptual == ()
     report.plot()
+
+
+def test_ten_steps_of_the_authors_code():
+    """Images 8 to 15 at the end of their function's ten steps with ε = 5e-3, each as one number."""
+    model, x, y, target = curved()
+    found = level_set_traversal(
+        model.double(),
+        x.double(),
+        y,
+        target.double(),
+        step_size=0.1,
+        num_steps=10,
+        delta=0.02,
+        parallel_eps=5e-3,
+        generator=generator("noise"),
+    )
+    numbers = (found.adversarial.flatten(1) * torch.cos(torch.arange(12.0)).double()).sum(1)[8:16]
+    theirs = (
+        0.05829504137279929,
+        -1.0332070062140077,
+        0.22898941506394596,
+        0.3415463068199397,
+        -0.18773382666634653,
+        -0.03319595151773117,
+        -0.23158879630271556,
+        -0.8508538051662722,
+    )
+    assert numbers.tolist() == pytest.approx(theirs, abs=1e-5)
+    assert found.accepted[8:16].min() < 10

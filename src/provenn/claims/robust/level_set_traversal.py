@@ -139,13 +139,18 @@ def random_walk(
 
 def _training(trial: Trial, model: nn.Module, x: Tensor, y: Tensor) -> Iterator[Event]:
     epochs, draws = int(trial.budget["epochs"]), generator(trial.seed, "attacks in training")
+    eps = 0.0
 
     def loss(network: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        if trial.study == "robust":
-            images = pgd(network, images, labels, eps=float(trial.budget["eps"]), steps=5, generator=draws)
+        if eps > 0:
+            images = pgd(network, images, labels, eps=eps, steps=5, generator=draws)
         return nn.functional.cross_entropy(network(images), labels)
 
     def batches(epoch: int) -> Iterator[tuple[Tensor, ...]]:
+        # From the full ε at once a network does not get off the ground: ε rises over the first half of the epochs.
+        nonlocal eps
+        if trial.study == "robust":
+            eps = float(trial.budget["eps"]) * min(1.0, 2 * epoch / epochs)
         return minibatches((x, y), 64, generator(trial.seed, "order", epoch))
 
     for epoch in train(model, torch.optim.Adam(model.parameters(), lr=1e-3), batches, loss, epochs=epochs):
@@ -253,7 +258,7 @@ def _tiers() -> dict[str, Tier]:
                 "attacked": 50,
             },
         ),
-        "small": Tier(3, walk | {"data": "mnist", "images": 6000, "epochs": 8, "eps": 0.2}),
+        "small": Tier(3, walk | {"data": "mnist", "images": 6000, "epochs": 12, "eps": 0.2}),
         "full": Tier(3, walk | {"data": "cifar10", "images": 50_000, "epochs": 60, "eps": 8 / 255, "sources": 500}),
     }
 
@@ -296,6 +301,8 @@ CLAIM = Claim(
         "A network of two convolutions on 6000 images of MNIST stands in for ResNet-50 and DeiT-S on ImageNet; the "
         "full tier trains ResNet-18 on CIFAR-10.",
         "η = 0.02 with 200 steps keeps the product η m = 4 of the paper's ImageNet setting; ε and δ are the paper's.",
+        "Adversarial training raises ε to 0.2 over the first half of the epochs: from the full ε the loss stayed at that "
+        "of a constant.",
         "20 sources with targets of two other classes each make the 40 pairs, so that each source has a triangle.",
         "The paper's figures stand in its Tables 1 and 2; their values could not be checked here.",
     ),
