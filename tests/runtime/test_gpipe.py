@@ -9,6 +9,8 @@ import torch
 from runtime.pipeline_networks import Both, Count, Fork, Join, Pop, Stash, inputs, network, random_network
 from torch import nn
 
+from provenn.claims import Evidence
+from provenn.claims.runtime import gpipe as claim
 from provenn.contracts import BadInput, FunctionCase, ModuleCase, ProbeCase, RuntimeCase
 from provenn.core.experiment.seeding import derive_seed
 from provenn.runtime import (
@@ -459,3 +461,37 @@ def test_a_layer_that_changes_its_stage_s_input_in_place_is_refused():
     pipe = GPipe(nn.Sequential(nn.Linear(2, 2), AddOne()), [1, 1], chunks=2, checkpoint="always")
     with pytest.raises(RuntimeError, match=r"stage 1 .* in place"):
         pipe(torch.ones(4, 2))
+
+
+def evidence(error=0.0, m8=1.6, m4=1.4, m1=0.9, kept=1.0, apart=0.0, seeds=3):
+    speeds = {"two processes, M=8": m8, "two processes, M=4": m4, "two processes, M=1": m1}
+    of = {("throughput", arm): {"throughput against one process": [speed] * seeds} for arm, speed in speeds.items()}
+    of["simulated law", "pipeline"] = {"largest error": [0.0] * (seeds - 1) + [error]}
+    for arm, bytes_kept in (("pipeline", kept), ("plain", 3.0)):
+        of["memory", arm] = {"megabytes kept for backward": [bytes_kept] * seeds}
+    for arm in claim.TRAINED:
+        worse = apart if arm == "K=4, M=1" else 0.0
+        of["training", arm] = {"final loss": [0.5] * (seeds - 1) + [0.5 + worse]}
+    for arm in ("processes", "threads"):
+        of["bubble", arm] = {f"bubble over theory, K={k}, M={m}": [1.05] * seeds for k, m in claim.BUBBLES}
+    return Evidence.of(of)
+
+
+@pytest.mark.parametrize(
+    ("made", "outcome"),
+    [
+        (evidence(), "reproduced"),
+        (evidence(seeds=1), "reproduced"),
+        (evidence(m8=1.31, m1=1.0), "reproduced"),
+        (evidence(m8=1.29), "partly"),
+        (evidence(m8=1.6, m1=1.4), "partly"),
+        (evidence(error=0.009, kept=0.99, apart=9e-6), "reproduced"),
+        (evidence(error=0.011), "not reproduced"),
+        (evidence(kept=1.01), "not reproduced"),
+        (evidence(apart=1.1e-5), "not reproduced"),
+        (evidence(apart=-1.1e-5), "not reproduced"),
+        (evidence(m8=0.5, kept=2.0), "not reproduced"),
+    ],
+)
+def test_judge_follows_the_rule(made, outcome):
+    assert claim.judge(made).outcome == outcome

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from provenn.core.pipelines.links import GlooLinks, Parcel, Traffic
-from provenn.core.pipelines.progress import Progress, StageError
+from provenn.core.pipelines.progress import Progress
 from provenn.core.pipelines.timeline import Task
 from provenn.core.pipelines.workers import Handler, WorkerPool
 from provenn.runtime._gpipe_skips import Skip
@@ -150,8 +150,8 @@ class ProcessEngine:
                 for index, part in enumerate(self._partitions)
             ]
             answers: list[_Answer] = self._pool.ask(requests)
-        except StageError as error:
-            self._end = str(error)
+        except BaseException as error:
+            self._end = str(error) or "its last call was interrupted"
             raise
         for answer in answers:
             self.traffic.merge(answer.traffic)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -28,6 +29,8 @@ from provenn.core.pipelines.progress import LostStageError, Progress, StageError
 
 _START = 120.0
 """Seconds that workers have to start, at least."""
+_OF_AUTOGRAD = "torch.fx.experimental.symbolic_shapes"
+"""What autograd imports in a process's first backward pass, which takes a second or two."""
 _SETTLE = 1.0
 """Seconds to look for the cause when a stage says that it has lost another one."""
 Handler = Callable[[Any], Any]
@@ -185,7 +188,7 @@ def _start_method() -> str:
     """Fork from a process that has torch in memory and no threads, where there is one; else start afresh."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return "spawn"
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", __name__])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", __name__, _OF_AUTOGRAD])
     return "forkserver"
 
 
@@ -220,6 +223,7 @@ def _work(
 
     def start(_: Any) -> None:
         nonlocal handler
+        importlib.import_module(_OF_AUTOGRAD)  # now, and not in a task, whose time counts
         _join_group(index, count, folder, max(_START, timeout))
         handler = serve(index, payload, progress)
 
