@@ -301,8 +301,8 @@ CLAIM = Claim(
         "A network of two convolutions on 6000 images of MNIST stands in for ResNet-50 and DeiT-S on ImageNet; the "
         "full tier trains ResNet-18 on CIFAR-10.",
         "η = 0.02 with 200 steps keeps the product η m = 4 of the paper's ImageNet setting; ε and δ are the paper's.",
-        "Adversarial training raises ε to 0.2 over the first half of the epochs: from the full ε the loss stayed at that "
-        "of a constant.",
+        "Adversarial training raises ε to 0.2 over the first half of the epochs: from the full ε the loss stayed at "
+        "that of a constant.",
         "20 sources with targets of two other classes each make the 40 pairs, so that each source has a triangle.",
         "The paper's figures stand in its Tables 1 and 2; their values could not be checked here.",
     ),
