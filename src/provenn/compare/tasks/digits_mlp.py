@@ -23,7 +23,11 @@ def data() -> Split:
 TASK = Task(
     name="digits-mlp",
     summary="perceptron 64–64–32–10 on noisy 8×8 digits, 1000 images, 40 epochs of batch 64",
-    kinds={"optim": {"lr": LogUniform(1e-4, 1.0)}, "compress": {"lr": LogUniform(1e-4, 1e-1)}},
+    kinds={
+        "optim": {"lr": LogUniform(1e-4, 1.0)},
+        "compress": {"lr": LogUniform(1e-4, 1e-1)},
+        "training": {"lr": LogUniform(1e-4, 1e-1)},
+    },
     scales={"cpu": Scale(model, data, batch_size=64, epochs=40, fine_tuning_epochs=40)},
     augment=shift_and_noise,
     reference=0.1,
