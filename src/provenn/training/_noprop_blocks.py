@@ -227,7 +227,17 @@ class DenoisingBlock(_Block):
         embeddings: Float[Tensor, "classes embed"],
         t: Float[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch embed"]:
-        """Return û."""
+        """Return û.
+
+        Args:
+            z: Noised embeddings of the classes.
+            x: The data.
+            embeddings: W_E.
+            t: Times; only where the block takes one.
+
+        Returns:
+            û.
+        """
         return self.step(z, self.encode(x), embeddings, t)
 
     def step(
@@ -237,7 +247,14 @@ class DenoisingBlock(_Block):
         embeddings: Float[Tensor, "classes embed"],
         t: Float[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch embed"]:
-        """Return û of data that are encoded already."""
+        """Return û of data that are encoded already.
+
+        Args:
+            z: Noised embeddings of the classes.
+            encoded: What :meth:`encode` made of the data.
+            embeddings: W_E.
+            t: Times; only where the block takes one.
+        """
         return self.joined(z, encoded, t).softmax(dim=1) @ embeddings
 
 
@@ -275,5 +292,14 @@ class VelocityBlock(_Block):
         x: Float[Tensor, "batch *data"],
         t: Float[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch embed"]:
-        """Return v."""
+        """Return v.
+
+        Args:
+            z: Points between noise and class embeddings.
+            x: The data.
+            t: Times; only where the block takes one.
+
+        Returns:
+            v.
+        """
         return self.joined(z, self.encode(x), t)

@@ -119,9 +119,17 @@ class ForwardForwardTrainer:
             scale = outputs.flatten(1).square().mean(1).add(1e-8).rsqrt()
             x = (outputs * scale.view(-1, *[1] * (outputs.ndim - 1))).detach()
 
-    def _loss(self, model: nn.Module, x: Tensor, y: Tensor, place: Tensor) -> Tensor:
-        draws = generator(self._settings.seed, "wrong labels", *place.tolist(), device=y.device)
-        shift = torch.randint(1, self.num_classes, y.shape, generator=draws, device=y.device)
+    def loss(
+        self, x: Float[Tensor, "batch *data"], y: Int[Tensor, " batch"], draws: torch.Generator
+    ) -> Float[Tensor, ""]:
+        """Return a batch's loss, summed over the layers.
+
+        Args:
+            x: Samples.
+            y: Their classes.
+            draws: Draws the wrong labels, uniformly.
+        """
+        shift = torch.randint(1, self.num_classes, y.shape, generator=draws, device=draws.device).to(y.device)
         both = torch.cat([self._labelled(x, y), self._labelled(x, (y + shift) % self.num_classes)])
         sign = torch.ones(len(both), dtype=x.dtype, device=x.device)
         sign[: len(x)] = -1
@@ -130,3 +138,6 @@ class ForwardForwardTrainer:
             for outputs in self._layers(both)
         ]
         return torch.stack(losses).sum()
+
+    def _loss(self, model: nn.Module, x: Tensor, y: Tensor, place: Tensor) -> Tensor:
+        return self.loss(x, y, generator(self._settings.seed, "wrong labels", *place.tolist(), device=x.device))

@@ -53,6 +53,7 @@ def cosine_schedule(num_blocks: int) -> Float[Tensor, " steps"]:
 
     Raises:
         ValueError: ``num_blocks`` < 1.
+        TypeError: ``num_blocks`` is no integer.
 
     Cost: O(T).
 
@@ -161,7 +162,14 @@ class GammaSchedule(nn.Module):
         return ends[0], ends[1] - ends[0]
 
     def forward(self, t: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Return γ(t)."""
+        """Return γ(t).
+
+        Args:
+            t: Times in [0, 1].
+
+        Returns:
+            γ, falling with t.
+        """
         start, span = self._span()
         return self.gamma_0 + F.softplus(self.gap) * (1 - (self._raw(t) - start) / span)
 

@@ -134,7 +134,18 @@ class DifferenceTargetPropagation:
         return hidden, found[::-1]
 
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor, place: Tensor) -> Tensor:
-        draws = generator(self._settings.seed, "noise", *place.tolist(), device=x.device)
+        return self.loss(x, y, generator(self._settings.seed, "noise", *place.tolist(), device=x.device))
+
+    def loss(
+        self, x: Float[Tensor, "batch *data"], y: Int[Tensor, " batch"], draws: torch.Generator
+    ) -> Float[Tensor, ""]:
+        """Return a batch's loss, summed over layers and inverses.
+
+        Args:
+            x: Samples.
+            y: Their classes.
+            draws: Draws ε.
+        """
         hidden, targets = self.targets(x, y)
         inputs = [x, *hidden]
         losses = [F.cross_entropy(self.layers[-1](hidden[-1]), y)]
