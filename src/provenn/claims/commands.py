@@ -145,7 +145,8 @@ def _executor(workers: int | None, ray: str | None, device: str, timeout: float)
             raise UsageError(str(error)) from error
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = workers or (1 if device.startswith("cuda") else cores)
-    return Workers(count, max(1, cores // count), timeout)
+    # One thread a cell, however many workers: figures do not depend on their number, and no threads fight for a core.
+    return Workers(count, max(1, cores // count) if device.startswith("cuda") else 1, timeout)
 
 
 def _check_device(device: str) -> None:

@@ -66,7 +66,7 @@ def _run(comparison: Comparison, workers: int | None, timeout: float) -> tuple[l
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     default = 1 if comparison.device.startswith("cuda") else cores
     count = default if workers is None else _at_least("workers", workers, 1)
-    executor = Workers(count, max(1, cores // count), timeout)
+    executor = Workers(count, max(1, cores // count) if comparison.device.startswith("cuda") else 1, timeout)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TimeRemainingColumn())
     try:
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
