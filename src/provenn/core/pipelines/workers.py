@@ -33,6 +33,7 @@ _OF_AUTOGRAD = "torch.fx.experimental.symbolic_shapes"
 """What autograd imports in a process's first backward pass, which takes a second or two."""
 _SETTLE = 1.0
 """Seconds to look for the cause when a stage says that it has lost another one."""
+_STOP = b""
 Handler = Callable[[Any], Any]
 
 
@@ -106,7 +107,7 @@ class WorkerPool:
         if self._end.alive:
             for pipe in self._pipes:
                 with contextlib.suppress(OSError):
-                    pipe.send_bytes(pickle.dumps(None))
+                    pipe.send_bytes(_STOP)
             deadline = time.monotonic() + 2
             for process in self._processes:
                 process.join(max(0.0, deadline - time.monotonic()))
@@ -230,12 +231,12 @@ def _work(
     _reply(pipe, start, None)
     while handler is not None:
         try:
-            request = pickle.loads(pipe.recv_bytes())
+            request = pipe.recv_bytes()
         except (EOFError, OSError):
             break
-        if request is None:
+        if request == _STOP:
             break
-        _reply(pipe, handler, request)
+        _reply(pipe, lambda request: handler(pickle.loads(request)), request)
     with contextlib.suppress(Exception):
         dist.destroy_process_group()
     os._exit(0)  # not to wait for threads of a group whose other members are gone
