@@ -58,7 +58,7 @@ def test_a_pool_answers_by_worker_and_closes_twice(nothing_left):
         (["hang", "x"], r"^stage 0 hangs in backward of micro-batch 4: no end within 3 s \(time-out\)"),
         (["exit", 0], r"^stage 0 \(process \d+\) ended with exit code 3"),  # worker 1 waits for it, and is not to blame
         ([1, "raise"], r"^stage 1 raised KeyError"),
-        ([1, 0], r"nothing happened for 3 s \(time-out\)"),
+        ([1, 0], r"nothing happened in any stage for 3 s \(time-out\)"),
     ],
 )
 def test_who_is_to_blame_is_named_and_all_are_gone(nothing_left, requests, words):

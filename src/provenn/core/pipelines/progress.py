@@ -82,17 +82,28 @@ class Progress:
         return f"{KINDS[int(kind)]} of micro-batch {int(micro_batch)}" if kind >= 0 else ""
 
     def stalled(self, timeout: float) -> StageError:
-        """Return the error of a pipeline in which nothing has happened for too long; it blames who is at a task.
+        """Return the error of a pipeline in which nothing has happened for too long.
+
+        It blames who is at a task; if nobody is, the stage that is behind its neighbour, whose results wait for it.
 
         Args:
             timeout: Seconds in which nothing happened.
         """
         busy = [stage for stage in range(len(self._board)) if self.doing(stage)]
         if not busy:
-            return StageError(0, f"and all others wait for each other: nothing happened for {timeout:g} s (time-out)")
+            words = f"takes up no task: nothing happened in any stage for {timeout:g} s (time-out)"
+            return StageError(self._behind(), words)
         first = min(busy, key=lambda stage: float(self._board[stage, 3]))
         others = "".join(f"; stage {stage} too, in {self.doing(stage)}" for stage in busy if stage != first)
         return StageError(first, f"hangs in {self.doing(first)}: no end within {timeout:g} s (time-out){others}")
+
+    def _behind(self) -> int:
+        counts = self._board[:, 0].tolist()
+        least = min(counts)
+        for stage, found in enumerate(counts):
+            if found == least and max(counts[max(stage - 1, 0) : stage + 2]) > least:
+                return stage
+        return 0
 
 
 class Watch:

@@ -88,7 +88,7 @@ class WorkerPool:
         """Whether the workers are gone."""
         return not self._end.alive
 
-    def ask(self, requests: Mapping[int, Any] | Sequence[Any]) -> list[Any]:
+    def ask(self, requests: Sequence[Any]) -> list[Any]:
         """Send each worker its request, wait for all answers, and return them.
 
         Args:
@@ -97,10 +97,20 @@ class WorkerPool:
         Raises:
             StageError: A worker raised, died, or did not end in time; then all are gone.
         """
-        for pipe, request in zip(self._pipes, requests, strict=True):
-            with contextlib.suppress(OSError):  # who is dead is found below
-                pipe.send_bytes(pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL))
-        return self._collect(self._timeout)
+        packed = [pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL) for request in requests]
+        # On a thread: a worker that has stopped does not read, and would hold up its sender for good.
+        sender = threading.Thread(target=self._send, args=(list(self._pipes), packed), daemon=True)
+        sender.start()
+        try:
+            return self._collect(self._timeout)
+        finally:
+            sender.join()
+
+    @staticmethod
+    def _send(pipes: list[Connection], packed: list[bytes]) -> None:
+        for pipe, request in zip(pipes, packed, strict=True):
+            with contextlib.suppress(OSError):  # who is dead is found by who collects the answers
+                pipe.send_bytes(request)
 
     def close(self) -> None:
         """End the workers; may be called twice."""
