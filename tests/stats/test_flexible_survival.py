@@ -124,7 +124,6 @@ CASES = [
         data=lambda generator: survival_data(),
         brute_force=lambda model, data: {
             "parameters": (5, 5, 7, 7, 8, 10),
-            "models": ("M(φ)", "M(λ)", "M(φγ)", "M(λγ)", "M(φλ)", "M(φλγ)"),
         },
         bad_input=(
             BadInput("T", lambda: select_apgw(X, -T, EVENT)),
