@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ def bars(rows: Sequence[Mapping[str, Any]], label: str, name: str) -> str:
     order = sorted({one["row"] for one in rows})
     kinds = list(dict.fromkeys(one["kind"] for one in rows))
     with rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=(_WIDTH, 1.4 + 0.35 * len(order)), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 1.5 + 0.35 * len(order)), layout="constrained")
         axes = figure.subplots()
         for index, kind in enumerate(kinds):
             of_kind = [one for one in rows if one["kind"] == kind]
@@ -112,7 +113,7 @@ def bars(rows: Sequence[Mapping[str, Any]], label: str, name: str) -> str:
         axes.set_yticks(range(len(order)), order)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel(label)
+        axes.set_xlabel(textwrap.fill(label, 56))
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=9)
         return _svg(figure, f"{label}, a row for each of {', '.join(order)}")
 
