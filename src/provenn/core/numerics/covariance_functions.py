@@ -123,7 +123,7 @@ def covariance(
     kernel: Kernel,
     hyperparameters: Hyperparameters,
     first: Float[Tensor, "*batch n d"],
-    second: Float[Tensor, "*batch m d"],
+    second: Float[Tensor, "*other m d"],
     first_orders: Int[Tensor, " n"] | None = None,
     second_orders: Int[Tensor, " m"] | None = None,
 ) -> Float[Tensor, "*both n m"]:

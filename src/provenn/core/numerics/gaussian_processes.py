@@ -135,7 +135,7 @@ class GaussianPosterior:
     def covariance(
         self,
         X: Float[Tensor, "*batch m d"],
-        Y: Float[Tensor, "*batch k d"] | None = None,
+        Y: Float[Tensor, "*other k d"] | None = None,
         orders: Int[Tensor, " m"] | None = None,
         second_orders: Int[Tensor, " k"] | None = None,
     ) -> Float[Tensor, "*both m k"]:
