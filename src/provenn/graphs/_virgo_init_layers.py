@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -42,6 +43,14 @@ def layers_in_order(module: nn.Module, x: Tensor, edge_index: Tensor) -> list[nn
     candidates = [one for one in module.modules() if isinstance(one, conv.MessagePassing)]
     if not candidates:
         raise ValueError(f"module {type(module).__name__} has no message-passing layer of torch_geometric")
+    try:
+        if type(module).forward is nn.Module.forward:
+            raise TypeError("it has no forward")
+        inspect.signature(module.forward).bind(x, edge_index)
+    except TypeError as error:
+        raise TypeError(
+            f"module cannot be called with (x, edge_index): name its layers, in order, by layers= ({error})"
+        ) from None
     called: list[nn.Module] = []
     caches = [(one, name) for one in candidates for name in vars(one) if name.startswith("_cached_")]
     held = [getattr(one, name) for one, name in caches]
@@ -50,10 +59,6 @@ def layers_in_order(module: nn.Module, x: Tensor, edge_index: Tensor) -> list[nn
         like = next(module.parameters())
         with evaluating(module):
             module(x.to(like), edge_index.to(like.device))
-    except (TypeError, NotImplementedError) as error:
-        raise TypeError(
-            "module cannot be called with (x, edge_index): name its layers, in order, by layers="
-        ) from error
     finally:
         for handle in handles:
             handle.remove()
