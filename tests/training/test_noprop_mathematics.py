@@ -214,20 +214,20 @@ def test_discrete_blocks_tend_to_the_stochastic_equation(schedule):
 
 
 def test_the_stochastic_equation_ends_with_the_right_variance(schedule):
-    """From q(z_0 | y): mean √ᾱ_1 u and variance 1 − ᾱ_1, within four standard errors, and 1 to 2 % for the steps."""
-    trainer, count = continuous(schedule, "sde"), 10_000
+    """From q(z_0 | y): mean √ᾱ_1 u and variance 1 − ᾱ_1, within four standard errors, and 1 to 3 % for the steps."""
+    trainer, count = continuous(schedule, "sde"), 5_000
     first, last = schedule.alpha_bar(torch.tensor([0.0, 1.0]).double()).detach()
     noise = torch.randn(count, 3, generator=generator(3), dtype=torch.float64)
     start = first.sqrt() * U + (1 - first).sqrt() * noise
     with torch.no_grad():
         end = integrate(
-            lambda z, t: trainer.velocity(z, U.expand_as(z), t), start, 150, "euler", trainer.diffusion, generator(4)
+            lambda z, t: trainer.velocity(z, U.expand_as(z), t), start, 100, "euler", trainer.diffusion, generator(4)
         )
     spread = (1 - last).sqrt().item()
     bound = 4 * spread / count**0.5 + 0.01
     torch.testing.assert_close(end.mean(0), last.sqrt() * U[0], rtol=0, atol=bound)
     expected = torch.full((3,), spread**2, dtype=torch.float64)
-    torch.testing.assert_close(end.var(0), expected, rtol=4 * (2 / count) ** 0.5 + 0.02, atol=0)
+    torch.testing.assert_close(end.var(0), expected, rtol=4 * (2 / count) ** 0.5 + 0.03, atol=0)
 
 
 def test_the_drift_is_the_stochastic_equation_without_noise(schedule):

@@ -285,9 +285,9 @@ WIDE = {"batch_size": 64, "lr": 3e-3}
 def arms():
     tanh = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in ((64, 64), (64, 64))]
     return {
-        "DT": (lambda: NoPropDT(lambda: DenoisingBlock.for_vectors(64, 10, 10, hidden=64), 3, epochs=8, **WIDE), 0.7),
+        "DT": (lambda: NoPropDT(lambda: DenoisingBlock.for_vectors(64, 10, 10, hidden=64), 2, epochs=5, **WIDE), 0.5),
         "DT, learned": (
-            lambda: NoPropDT(lambda: DenoisingBlock.for_vectors(64, 20, 10, hidden=64), 3, "learned", epochs=8, **WIDE),
+            lambda: NoPropDT(lambda: DenoisingBlock.for_vectors(64, 20, 10, hidden=64), 2, "learned", epochs=5, **WIDE),
             0.85,
         ),
         "DT, prototypes of images": (
@@ -295,10 +295,10 @@ def arms():
                 lambda: DenoisingBlock.for_images((1, 8, 8), 64, 10, channels=(8, 16), hidden=64, dropout=0.0),
                 2,
                 "prototype",
-                epochs=4,
+                epochs=3,
                 **WIDE,
             ),
-            0.7,
+            0.6,
         ),
         "CT": (
             lambda: NoPropCT(
