@@ -70,7 +70,8 @@ class GPipe(nn.Module):
             whose recomputation would start at once, ``"never"`` none.
         devices: Where each stage goes; by default layers stay where they are. The output is on the last one.
         backend: ``"thread"``, a thread a stage in this process; ``"process"``, a process a stage on this machine,
-            which start at the first call and end with :meth:`close`; ``"serial"``, the same schedule on one thread.
+            which start at the first call and end with :meth:`close` (a script needs ``if __name__ == "__main__":``);
+            ``"serial"``, the same schedule on one thread.
         timeout: Seconds in which no stage starts or ends a task, after which a call is given up.
 
     Shape:
