@@ -43,6 +43,9 @@ def entropy_search(
         samples: Joint samples.
         nodes: Nodes for y.
 
+    Returns:
+        The expected drop of the entropy of x* at each point.
+
     Shape:
         (b, d) to (b,). Not differentiable.
 
@@ -127,6 +130,9 @@ def predictive_entropy_search(
         method: How the posterior given x* is found.
         environment: What the maximum is of; ``"rejection"`` only.
         samples: Joint samples.
+
+    Returns:
+        The mutual information of y and x* at each point.
 
     Shape:
         (b, d) to (b,). ``"ep"`` is differentiable in X.

@@ -11,6 +11,8 @@ from provenn.core.numerics.gaussian_processes import GaussianPosterior, cholesky
 from provenn.search._bayesian_optimization_normal import below, density, expected_max_affine, expected_max_of_two
 
 _SMALLEST = 1e-150
+_ROUNDING = 1e-14
+"""A variance this small of standardised values is a rounding error; to divide a covariance by its root would be one."""
 
 
 def _positive(name: str, deviation: Tensor) -> Tensor:
@@ -31,6 +33,9 @@ def expected_improvement(
         mean: Posterior means.
         sd: Posterior standard deviations.
         best: f*, the best value so far.
+
+    Returns:
+        The expected improvement.
 
     Shape:
         Any, the same for all.
@@ -61,6 +66,9 @@ def probability_of_improvement(
         sd: Posterior standard deviations.
         best: f*, the best value so far.
 
+    Returns:
+        The probability.
+
     Shape:
         Any, the same for all.
 
@@ -81,6 +89,9 @@ def ucb(mean: Float[Tensor, "*shape"], sd: Float[Tensor, "*shape"], beta: float 
         mean: Posterior means.
         sd: Posterior standard deviations.
         beta: β, the square of the number of standard deviations.
+
+    Returns:
+        The bound.
 
     Shape:
         Any, the same for all.
@@ -112,8 +123,14 @@ def noisy_expected_improvement(
         X: Points to score.
         evaluated: The points that may be the answer; default those the posterior has seen.
 
+    Returns:
+        The expected growth of the best posterior mean, at least 0 up to rounding.
+
     Shape:
         (..., d) to (..., ); draws of hyperparameters come first.
+
+    Raises:
+        ValueError: There is no evaluated point.
 
     Cost: O(n²) a point.
 
@@ -127,7 +144,7 @@ def lines_gain(posterior: GaussianPosterior, X: Tensor, known: Tensor, means: Te
     """Return E[max over ``known`` and x of the next posterior mean] − max over ``known`` of this one."""
     points = X.unsqueeze(-2)
     mean, variance = posterior.mean_variance(X)
-    total = (variance + next_noise(posterior, variance)).clamp_min(_SMALLEST)
+    total = (variance + next_noise(posterior, variance)).clamp_min(_ROUNDING)
     cross = posterior.covariance(points, known).squeeze(-2)
     slopes = torch.cat([cross, variance.unsqueeze(-1)], -1) / total.sqrt().unsqueeze(-1)
     spread = means.reshape(*means.shape[:-1], *[1] * (mean.ndim - means.ndim + 1), means.shape[-1])
@@ -156,6 +173,9 @@ def q_expected_improvement(
         base_samples: Standard normal draws that are mapped to values by a Cholesky factor: common random numbers,
             with a gradient. Without, the exact value for one or two points.
 
+    Returns:
+        The expected improvement of each batch.
+
     Shape:
         (..., q) and (..., q, q) to (...).
 
@@ -183,7 +203,7 @@ def stable_factor(cov: Float[Tensor, "*batch q q"]) -> Float[Tensor, "*batch q q
     """Return a Cholesky factor of a posterior covariance, which duplicates may make singular; differentiable."""
     eye = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     scale = cov.diagonal(dim1=-2, dim2=-1).detach().mean(-1).clamp_min(1e-12)[..., None, None]
-    return cholesky(cov + 1e-9 * scale * eye)
+    return cholesky(cov + (1e-9 * scale + _ROUNDING) * eye)
 
 
 def constrained_ei(
@@ -204,6 +224,9 @@ def constrained_ei(
         best: The best feasible value so far.
         constraint_mean: Posterior means of the g_j.
         constraint_sd: Their posterior standard deviations.
+
+    Returns:
+        The expected feasible improvement.
 
     Shape:
         Any for the objective; constraints come first.

@@ -53,6 +53,9 @@ def knowledge_gradient(
             ``"simulation"``.
         generator: Draws; for ``"sgd"``.
 
+    Returns:
+        The knowledge gradient of each point.
+
     Shape:
         (b, d) to (b,); draws of hyperparameters, for ``"discrete"`` only, come first.
 
@@ -102,6 +105,9 @@ def q_knowledge_gradient(
         bounds: If given, the maximum goes over this box, by L-BFGS from the best alternative for every sample; then X
             is (b, q, d).
         environment: What the decision's worth is summed over.
+
+    Returns:
+        The knowledge gradient of each batch.
 
     Shape:
         (..., q, d) to (...,).

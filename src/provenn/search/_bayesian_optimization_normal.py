@@ -39,6 +39,9 @@ def expected_max_affine(a: Float[Tensor, "*batch m"], b: Float[Tensor, "*batch m
         a: Intercepts.
         b: Slopes.
 
+    Returns:
+        The expectation of each row.
+
     Shape:
         (..., m) twice, to (...).
 
