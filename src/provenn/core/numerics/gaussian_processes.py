@@ -38,9 +38,11 @@ def cholesky(matrix: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]
     """
     scale = matrix.diagonal(dim1=-2, dim2=-1).detach().mean(-1)[..., None, None]
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    rounding = 4 * torch.finfo(matrix.dtype).eps  # of duplicate points, rounding may leave a positive pivot
     for jitter in JITTERS:
         factor, info = torch.linalg.cholesky_ex(matrix + jitter * scale * eye)
-        if not info.any():
+        pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+        if not info.any() and bool((pivots > rounding * scale.squeeze(-1)).all()):
             if jitter:
                 message = (
                     f"the covariance matrix is singular (duplicate points without noise?): jitter {jitter:g} added"
@@ -236,6 +238,7 @@ def with_slopes(function: Callable[[Tensor], Tensor], X: Tensor, orders: Tensor 
         return values
     leaf = X if X.requires_grad else X.detach().requires_grad_()
     with torch.enable_grad():
-        slopes = torch.autograd.grad(function(leaf).sum(), leaf, create_graph=X.requires_grad)[0]
+        total = function(leaf).sum() + 0 * leaf.sum()  # a constant has a gradient, too
+        slopes = torch.autograd.grad(total, leaf, create_graph=X.requires_grad)[0]
     chosen = slopes.gather(-1, (orders - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
     return torch.where(orders > 0, chosen, values)
