@@ -164,8 +164,8 @@ CLAIM = Claim(
         "Each arm picks one of two learning rates on the last fifth of the training images, held out for that.",
         "Accuracy is the mean of five predictions from fresh noise; their spread is a metric of its own.",
         "Back-propagation trains the network of NoProp-DT end to end on the head's cross entropy, from one fixed draw "
-        "of z_0 and without noise in the blocks. Through the softmax of every block it learns slowly, and is far from the "
-        "paper's accuracy after so few steps; to beat it here says little.",
+        "of z_0 and without noise in the blocks. Through the softmax of every block it learns slowly, and is far from "
+        "the paper's accuracy after so few steps; to beat it here says little.",
         "Forward-forward and difference target propagation train fully connected networks: five layers of 320 units, "
         "the hidden units of all five blocks together.",
         "The paper's comparison of CT with the adjoint method of neural ODEs is left out, since it is one of time.",
