@@ -340,7 +340,7 @@ def test_variances_of_networks_and_their_bounds(kind):
     network = Network(CONVOLUTIONS[kind])
     forward, backward = by_hand(dense(kind), X, (FEATURES, WIDTH, WIDTH), CLASSES)
     for mode, wanted in (("forward", forward), ("backward", backward)):
-        found = virgo_(network, EDGES, X, CLASSES, mode=mode)
+        found = virgo_(network, EDGES, X, CLASSES, mode=mode, generator=generator("bounds"))
         assert found == pytest.approx(wanted, rel=1e-6)
         for layer, variance in zip(list(network.last_first)[::-1], found, strict=True):
             linears = [one for one in layer.modules() if getattr(one, "weight", None) is not None]
@@ -433,3 +433,23 @@ def test_linear_networks_keep_their_variance_over_depth():
     assert found / found[0] == pytest.approx(np.array(drift) / drift[0], rel=0.03)
     kaiming = mean_squares(P, x, [1 / FEATURES, *[1 / width] * 3], width, 200)
     assert kaiming[-1] > 50 * kaiming[0]
+
+
+def test_variances_of_the_authors_code():
+    """Their lists for five GCN layers on an undirected graph of nine nodes, from their PyG version run as it is."""
+    edges = torch.cat([EDGES, EDGES.flip(0)], dim=1).unique(dim=1)
+    x = (torch.arange(45).view(9, 5) % 7).double() / 7
+    theirs = {
+        "forward": (0.4, 0.25245843998942513, 0.2503989971581398, 0.25012382550133677, 0.25006460613068693),
+        "backward": (
+            0.2500868848202972,
+            0.2501354281565015,
+            0.2502507660243857,
+            0.2507605812266094,
+            0.5125285229273846,
+        ),
+    }
+    for mode, wanted in theirs.items():
+        for operator in ("own", "gcn"):
+            found = virgo_(Network(dims=(5, 8, 8, 8, 8, 3)), edges, x, 3, mode, operator=operator)
+            assert found == pytest.approx(wanted, rel=1e-12)

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from provenn.core.experiment.recording import evaluating
 from provenn.core.graphs.propagation import add_self_loops, adjacency, fill_self_loops, normalize
-
-
-class Layer(NamedTuple):
-    """What the initialisation has to know of a layer."""
-
-    operator: Callable[[Tensor], Tensor]
-    fan_in: int
-    fan_out: int
-    weights: list[Tensor]
-    inner: list[Tensor]
-    biases: list[Tensor]
 
 
 def _convolutions() -> Any:
@@ -69,69 +57,77 @@ def layers_in_order(module: nn.Module, x: Tensor, edge_index: Tensor) -> list[nn
     return called
 
 
-def read_layer(
-    layer: nn.Module, edge_index: Tensor, nodes: int, edge_weight: Tensor | None, operator: Literal["own", "gcn"]
-) -> Layer:
+class Aggregation(NamedTuple):
+    """What a layer makes of its neighbours' signals; layers that agree in it share one operator."""
+
+    aggr: str
+    flow: str
+    weighted: bool = False
+    filled_loops: float = 0.0
+    added_loops: float = 0.0
+    power: float | None = None
+    column_degrees: bool = False
+
+    def matrix(self, edge_index: Tensor, nodes: int, edge_weight: Tensor | None) -> Tensor:
+        """Return the operator: row i gathers what node i receives."""
+        towards = edge_index.flip(0) if self.flow == "target_to_source" else edge_index
+        A = adjacency(towards, nodes, edge_weight if self.weighted else None, torch.float64)
+        if self.filled_loops:
+            A = fill_self_loops(A, self.filled_loops)
+        if self.added_loops:
+            A = add_self_loops(A, self.added_loops)
+        return A if self.power is None else normalize(A, self.power, self.column_degrees)
+
+
+PUBLISHED = Aggregation("add", "source_to_target", True, filled_loops=1.0, power=0.5, column_degrees=True)
+"""The operator of the published code, for layers of every type."""
+
+
+class Layer(NamedTuple):
+    """What the initialisation has to know of a layer."""
+
+    aggregation: Aggregation
+    fan_in: int
+    fan_out: int
+    weights: list[Tensor]
+    inner: list[Tensor]
+    biases: list[Tensor]
+
+
+def read_layer(layer: Any) -> Layer:
     """Return a layer's aggregation and weights.
 
     Raises:
-        ValueError: It is of a type that the initialisation does not know.
+        ValueError: It is of a type, or aggregates in a way, that the initialisation does not know.
     """
     conv = _convolutions()
-    own: Callable[[Any, Tensor, int, Tensor | None], Tensor]
+    known = {"add", "sum"}
     if isinstance(layer, conv.GCNConv):
-        own, linears = _gcn, [layer.lin]
+        linears = [layer.lin]
+        loops = (2.0 if layer.improved else 1.0) if layer.add_self_loops and layer.normalize else 0.0
+        power = 0.5 if layer.normalize else None
+        aggregation = Aggregation(layer.aggr, layer.flow, True, filled_loops=loops, power=power)
     elif isinstance(layer, conv.SAGEConv):
-        own, linears = _sage, [layer.lin_l, *([layer.lin_r] if layer.root_weight else [])]
+        linears = [layer.lin_l, *([layer.lin_r] if layer.root_weight else [])]
+        aggregation = Aggregation(layer.aggr, layer.flow, power=0.0 if layer.aggr == "mean" else None)
+        known = known | {"mean"}
     elif isinstance(layer, conv.GINConv):
-        own, linears = _gin, [one for one in layer.nn.modules() if isinstance(one, nn.Linear)]
+        linears = [one for one in layer.nn.modules() if isinstance(one, nn.Linear)]
         if not linears:
             raise ValueError("module has a GINConv without an nn.Linear")
+        aggregation = Aggregation(layer.aggr, layer.flow, added_loops=1 + float(layer.eps))
     else:
         raise ValueError(
             f"module has a {type(layer).__name__}; known are GCNConv, SAGEConv and GINConv: use virgo_variances"
         )
-    P = _published(edge_index, nodes, edge_weight) if operator == "gcn" else own(layer, edge_index, nodes, edge_weight)
+    if layer.aggr not in known:
+        raise ValueError(f"module has a {type(layer).__name__} that aggregates by {layer.aggr!r}: use virgo_variances")
     inner = linears[1:-1]
-    biases = [one.bias for one in (*linears, layer) if getattr(one, "bias", None) is not None]
     return Layer(
-        P.mv,
+        aggregation,
         fan_in=linears[0].weight.shape[1],
         fan_out=linears[-1].weight.shape[0],
         weights=[one.weight for one in linears if one not in inner],
         inner=[one.weight for one in inner],
-        biases=biases,
+        biases=[one.bias for one in (*linears, layer) if getattr(one, "bias", None) is not None],
     )
-
-
-def _gcn(layer: Any, edge_index: Tensor, nodes: int, edge_weight: Tensor | None) -> Tensor:
-    A = _adjacency(layer, edge_index, nodes, edge_weight, ("add", "sum"))
-    if not layer.normalize:
-        return A
-    if layer.add_self_loops:
-        A = fill_self_loops(A, 2.0 if layer.improved else 1.0)
-    return normalize(A)
-
-
-def _sage(layer: Any, edge_index: Tensor, nodes: int, edge_weight: Tensor | None) -> Tensor:
-    A = _adjacency(layer, edge_index, nodes, None, ("mean", "add", "sum"))
-    return normalize(A, r=0.0) if layer.aggr == "mean" else A
-
-
-def _gin(layer: Any, edge_index: Tensor, nodes: int, edge_weight: Tensor | None) -> Tensor:
-    A = _adjacency(layer, edge_index, nodes, None, ("add", "sum"))
-    return add_self_loops(A, 1 + float(layer.eps))
-
-
-def _published(edge_index: Tensor, nodes: int, edge_weight: Tensor | None) -> Tensor:
-    A = fill_self_loops(adjacency(edge_index, nodes, edge_weight, torch.float64))
-    return normalize(A, column_degrees=True)
-
-
-def _adjacency(
-    layer: Any, edge_index: Tensor, nodes: int, edge_weight: Tensor | None, known: tuple[str, ...]
-) -> Tensor:
-    if layer.aggr not in known:
-        raise ValueError(f"module has a {type(layer).__name__} that aggregates by {layer.aggr!r}, known are {known}")
-    towards = edge_index.flip(0) if layer.flow == "target_to_source" else edge_index
-    return adjacency(towards, nodes, edge_weight, torch.float64)

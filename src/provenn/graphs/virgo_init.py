@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_choice, check_integer
-from provenn.graphs._virgo_init_layers import Layer, layers_in_order, read_layer
+from provenn.graphs._virgo_init_layers import PUBLISHED, Layer, layers_in_order, read_layer
 from provenn.graphs._virgo_init_report import VarianceReport, variance_report
 from provenn.graphs._virgo_init_variances import Combine, Mode, virgo_variances
 
@@ -81,9 +81,11 @@ def virgo_(
     found = layers_in_order(module, x, edge_index) if layers is None else list(layers)
     if not found:
         raise ValueError("layers must name one message-passing layer or more, got none")
-    read = [read_layer(layer, edge_index.to(x.device), len(x), edge_weight, operator) for layer in found]
+    read = [read_layer(layer) for layer in found]
+    kinds = [PUBLISHED if operator == "gcn" else layer.aggregation for layer in read]
+    matrices = {kind: kind.matrix(edge_index.to(x.device), len(x), edge_weight) for kind in dict.fromkeys(kinds)}
     dims = [read[0].fan_in, *(layer.fan_out for layer in read)]
-    variances = virgo_variances([layer.operator for layer in read], x, dims, num_classes, mode, combine)
+    variances = virgo_variances([matrices[kind].mv for kind in kinds], x, dims, num_classes, mode, combine)
     with torch.no_grad():
         for layer, variance in zip(read, variances, strict=True):
             _fill(layer, variance, generator)
