@@ -9,8 +9,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
+from provenn.claims import Evidence
+from provenn.claims.claim import Metric, Trial
+from provenn.claims.optim import _gradient_noise_network as protocol
+from provenn.claims.optim import gradient_noise as claim
 from provenn.contracts import BadInput, FunctionCase, InitCase, Moment, OptimizerCase
 from provenn.optim import GradientNoise, gradient_noise, noise_std, sussillo_abbott_
 
@@ -565,3 +570,91 @@ def test_width_sets_the_gain_and_not_the_fan_in():
     layer = sussillo_abbott_(nn.Linear(400, 500), width=12, generator=seeded())
     # 200 000 draws: the sampling error of the deviation is 0.16 %.
     assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / 400) * math.exp(1 / 8), rel=0.01)
+
+
+# The claim.
+
+
+def evidence(simple, zero):
+    """(with noise, without) by seed for each initialisation."""
+    figures = {}
+    for study, values in {"simple": simple, "zero": zero}.items():
+        for arm, accuracies in zip((claim.NOISE, claim.PLAIN), values, strict=True):
+            figures[study, arm] = {"test_accuracy": accuracies}
+    return Evidence.of(figures)
+
+
+CHANCE = [0.1, 0.11, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("simple", "zero", "outcome"),
+    [
+        (([0.95, 0.92, 0.96], CHANCE), ([0.95, 0.9, 0.1], CHANCE), "reproduced"),
+        # One of three runs without noise may learn; two may not.
+        (([0.95, 0.92, 0.96], [0.1, 0.1, 0.9]), ([0.95, 0.9, 0.1], CHANCE), "reproduced"),
+        (([0.95, 0.92, 0.96], [0.2, 0.1, 0.9]), ([0.95, 0.9, 0.1], CHANCE), "partly"),
+        # The mean counts: 89 % from simple, and 59 % from zero, are too little.
+        (([0.89, 0.89, 0.89], CHANCE), ([0.95, 0.9, 0.1], CHANCE), "partly"),
+        (([0.95, 0.92, 0.96], CHANCE), ([0.59, 0.59, 0.59], CHANCE), "partly"),
+        # A gain of 30 points from one initialisation is enough for "partly"; below that from both is not.
+        (([0.41, 0.41, 0.41], [0.1, 0.1, 0.1]), (CHANCE, CHANCE), "partly"),
+        ((CHANCE, CHANCE), ([0.41, 0.41, 0.41], [0.1, 0.1, 0.1]), "partly"),
+        (([0.39, 0.39, 0.39], [0.1, 0.1, 0.1]), ([0.39, 0.39, 0.39], [0.1, 0.1, 0.1]), "not reproduced"),
+        # Both learn without noise: accurate, but no gain.
+        (([0.95, 0.95, 0.95], [0.95, 0.95, 0.95]), ([0.95, 0.95, 0.95], [0.9, 0.9, 0.9]), "not reproduced"),
+        # One seed, as in the smoke tier.
+        (([0.95], [0.1]), ([0.95], [0.1]), "reproduced"),
+        (([0.1], [0.1]), ([0.1], [0.1]), "not reproduced"),
+    ],
+)
+def test_judge(simple, zero, outcome):
+    assert claim.judge(evidence(simple, zero)).outcome == outcome
+
+
+def test_judge_reports_the_share_of_accurate_runs():
+    reason = claim.judge(evidence(([0.95, 0.92, 0.9], CHANCE), ([0.95, 0.1, 0.1], [0.1, 0.1, 0.91]))).reason
+    assert "above 90 %: 2 of 3 with, 0 without" in reason
+    assert "above 90 %: 1 of 3 with, 1 without" in reason
+
+
+def test_arms_are_tuned_alike():
+    for name in ("simple", "zero"):
+        tuning = claim.CLAIM.studies[name].tuning
+        assert [one["eta"] for one in tuning.of(claim.NOISE)] == [0.01, 0.03, 0.1]
+        assert [one["lr"] for one in tuning.of(claim.PLAIN)] == [0.03, 0.1, 0.3]
+
+
+def test_network_and_images_are_those_of_the_protocol():
+    budget = claim.CLAIM.studies["simple"].tiers["small"].budget
+    task = protocol.images(Trial("simple", claim.NOISE, 0, "small", budget))
+    assert [len(part[0]) for part in (task.train, task.validation, task.test)] == [1150, 287, 360]
+    rows = torch.cat([part[0] for part in (task.train, task.validation, task.test)])
+    assert len(rows.unique(dim=0)) == len(torch.from_numpy(load_digits().data).unique(dim=0))
+    epochs = task.epochs(10_000, 50)
+    batches = task.batches(0, 10_000, 50)
+    assert sum(sum(1 for _ in batches(epoch)) for epoch in range(0, epochs, epochs - 1)) == 23 + 10_000 - 434 * 23
+    model = protocol.network(protocol.PROTOCOLS["simple"], 64, seed=0)
+    sizes = [layer.weight.shape for layer in model if isinstance(layer, nn.Linear)]
+    assert sizes == [(50, 64), *[(50, 50)] * 19, (10, 50)]
+    weights = torch.cat([layer.weight.flatten() for layer in model if isinstance(layer, nn.Linear)])
+    assert weights.std().item() == pytest.approx(0.1, rel=0.02)
+    zero = protocol.network(protocol.PROTOCOLS["zero"], 64, seed=0)
+    assert all((param == 0).all() for param in zero.parameters())
+
+
+def cell(arm, settings, *, tuning=False, study="zero"):
+    budget = claim.CLAIM.studies[study].tiers["smoke"].budget
+    trial = Trial(study, arm, 0, "smoke", budget, settings, tuning)
+    return {event.name: event.value for event in claim.run(trial) if isinstance(event, Metric)}
+
+
+def test_tuning_does_not_look_at_test_data():
+    assert cell(claim.PLAIN, {"lr": 0.1}, tuning=True).keys() == {"validation_accuracy", "diverged"}
+
+
+def test_a_run_that_diverges_counts_with_what_it_had():
+    found = cell(claim.NOISE, {"lr": 1e30, "eta": 0.1}, study="He")
+    assert found["diverged"] == 1.0
+    assert 0 <= found["test_accuracy"] < 0.5
+    assert cell(claim.PLAIN, {"lr": 0.1})["diverged"] == 0.0
