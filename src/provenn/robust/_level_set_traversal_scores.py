@@ -40,6 +40,17 @@ def check_labels(y: Tensor, batch: int) -> None:
         raise ValueError(f"y must be {batch} integer labels, got shape {tuple(y.shape)} of {y.dtype}")
 
 
+def check_pairs(images: Tensor, y: Tensor, others: Tensor) -> None:
+    """Check a probe's data: images, a label for each, and other images.
+
+    Raises:
+        ValueError: Images leave [0, 1], or the labels are none.
+    """
+    check_labels(y, len(images))
+    check_images("data", images)
+    check_images("data", others)
+
+
 def class_scores(outputs: Tensor, y: Tensor, score: Score) -> Tensor:
     """Return the confidence, or the logit, of each sample's class.
 

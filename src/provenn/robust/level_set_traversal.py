@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from provenn.core.experiment.checks import check_choice, check_integer, check_number
 from provenn.core.experiment.recording import evaluating
 from provenn.robust._level_set_traversal_distances import image_distances
-from provenn.robust._level_set_traversal_probes import LevelSetWidthProbe, StarShapeProbe, TriangleProbe
+from provenn.robust._level_set_traversal_probes import StarShapeProbe, TriangleProbe
 from provenn.robust._level_set_traversal_scores import (
     Normalize,
     Score,
@@ -34,6 +34,7 @@ from provenn.robust._level_set_traversal_scores import (
     scores_and_slopes,
     unchanged,
 )
+from provenn.robust._level_set_traversal_width import LevelSetWidthProbe
 
 __all__ = [
     "LSTResult",
@@ -95,8 +96,8 @@ class LevelSetTraversal:
         ValueError: ``step_size`` is not in (0, 1), ``num_steps`` or ``log_every`` < 1, ``parallel_eps`` or ``noise``
             < 0, ``delta`` is not finite, or ``score`` is unknown.
 
-    Cost: m + 1 forward and m + 1 backward passes, where the published code has 2m forward and m backward; the memory
-    of one pass, and with ``keep_images`` m / ``log_every`` copies of the batch.
+    Cost: m + 1 forward and backward passes and four forward ones, where the published code has 2m forward and m
+    backward; the memory of one pass, and with ``keep_images`` m / ``log_every`` copies of the batch.
 
     Source: the paper's Algorithm 1. As in the published code, the drop is measured against the source without noise
     and the correction is accumulated.
