@@ -154,4 +154,18 @@ def closing(params, lr: float = 0.5) -> Closing:
     return Closing(params, lr, "closing", lambda lr, weight: 0.0)
 
 
+class Wrapping(torch.optim.Optimizer):
+    """Wraps an optimizer over the parameters that it is given, and scores 3 if that has momentum."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, lr: float = 0.5) -> None:
+        super().__init__(optimizer.param_groups, {})
+        self.optimizer = optimizer
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        assert isinstance(self.optimizer, torch.optim.SGD)
+        self.param_groups[0]["params"][1][0] = 3.0 if self.optimizer.param_groups[0]["momentum"] == 0.9 else 0.0
+
+
+wrapping = Wrapping
 NOT_A_TASK = 3

@@ -11,6 +11,7 @@ from compare import planted
 from typer.testing import CliRunner, Result
 
 from provenn.claims import workers
+from provenn.compare import lookup
 from provenn.compare.commands import compare
 
 APP = typer.Typer()
@@ -64,6 +65,14 @@ def test_what_does_not_exist_is_exit_code_2(inline, tmp_path, given, words) -> N
     assert result.exit_code == 2
     assert words in result.stderr.replace("\n", " ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_parts_are_ranked_at_once(inline, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(lookup, "all_parts", lambda kind: tuple(f"compare.planted.{one}" for one in ("poor", "good")))
+    result = inline("optim", "--task", UP, "--parts", "all", "--trials", "2", "--seeds", "2")
+    assert result.exit_code == 0, result.output
+    ranking = json.loads((tmp_path / "compare-optim-planted.json").read_text())["ranking"]
+    assert [row["part"].rpartition(".")[2] for row in ranking] == ["good", "poor"]
 
 
 def test_a_comparison_in_which_every_part_fails_is_exit_code_5(inline) -> None:

@@ -11,7 +11,15 @@ import torch
 
 from provenn.catalog import cards
 from provenn.claims.errors import UsageError
-from provenn.compare.lookup import find_kind, find_part, find_task, import_dotted, kind_names, task_names
+from provenn.compare.lookup import (
+    all_parts,
+    find_kind,
+    find_part,
+    find_task,
+    import_dotted,
+    kind_names,
+    task_names,
+)
 from provenn.compare.tasks import cifar10_resnet, mnist_mlp
 from provenn.data.archives import write_archive
 from provenn.optim import DiffGrad
@@ -39,6 +47,18 @@ def test_parts_come_from_references_the_catalogue_and_dotted_paths() -> None:
     # A part of another kind is not one of these.
     with pytest.raises(UsageError, match="unknown part of the kind compress 'DiffGrad'"):
         find_part(compress, "DiffGrad")
+
+
+def test_all_parts_are_the_references_and_what_is_built() -> None:
+    for name in kind_names():
+        kind = find_kind(name)
+        found = all_parts(kind)
+        assert set(kind.references) <= set(found)
+        assert len(set(found)) == len(found)
+        for part in found:
+            assert callable(find_part(kind, part))
+    assert {"DiffGrad", "sgd", "adam", "adamw"} <= set(all_parts(find_kind("optim")))
+    assert "SAPPruner" not in all_parts(find_kind("optim"))
 
 
 def test_unknown_names_get_three_suggestions() -> None:

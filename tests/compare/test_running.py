@@ -198,6 +198,12 @@ def test_an_optimizer_that_asks_for_a_closure_gets_one(log) -> None:
     assert closing.runs[0].score == 1.0  # gradients came where they were enabled, and only there
 
 
+def test_a_wrapper_gets_an_optimizer_to_wrap() -> None:
+    (wrapped, plain) = compare("wrapping", "good", trials=0, seeds=1)
+    assert wrapped.failure is None
+    assert wrapped.runs[0].score == plain.runs[0].score == 3.0
+
+
 def test_names_are_checked_before_anything_runs(log) -> None:
     cases = [
         (Comparison("optm", "digits-mlp", ("a", "b"), 1, 1), "optim"),

@@ -94,6 +94,14 @@ def find_part(kind: Kind, name: str) -> Any:
     return getattr(importlib.import_module(part.namespace), name)
 
 
+def all_parts(kind: Kind) -> tuple[str, ...]:
+    """Return the names of all that a kind can compare: built parts of the catalogue, and its references."""
+    catalogued = (
+        part.attribute for card in cards() if card.built for part in card.parts if part.kind == kind.part_kind
+    )
+    return tuple(dict.fromkeys([*catalogued, *kind.references]))
+
+
 def import_dotted(what: str, path: str) -> Any:
     """Import ``package.module.Name``, with the current folder on the path.
 

@@ -1,9 +1,14 @@
-"""Optimizers: every one trains the task's network from the same weights on the same batches."""
+"""Optimizers: every one trains the task's network from the same weights on the same batches.
+
+A part is ``part(parameters, **settings)``, a class or a function that makes one. One whose first parameter is an
+``optimizer`` wraps SGD with momentum, which then takes the learning rate.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +21,9 @@ from provenn.core.experiment.training import Batch, Update
 
 
 def run(setup: Setup, part: Any, settings: Settings) -> Iterator[Event]:
-    """Train with an optimizer: ``part(parameters, **settings)``, a class or a function that makes one."""
+    """Train with an optimizer."""
     model = setup.model()
-    optimizer = part(model.parameters(), **accepted(part, settings))
+    optimizer = make(part, model, settings)
     update = _closure_step(setup, model, optimizer) if _needs_closure(optimizer) else None
     steps = 0
     for epoch in setup.train(model, optimizer, update):
@@ -27,6 +32,16 @@ def run(setup: Setup, part: Any, settings: Settings) -> Iterator[Event]:
         yield Point("training loss", epoch.step, epoch.loss)
     yield Metric("steps", steps)
     yield Metric("score", setup.measure(model))
+
+
+def make(part: Any, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """Build an optimizer over a network's parameters, or around one."""
+    if next(iter(inspect.signature(part).parameters), "") == "optimizer":
+        wrapped = torch.optim.SGD(model.parameters(), momentum=0.9, **accepted(torch.optim.SGD, settings))
+        wrapper: torch.optim.Optimizer = part(wrapped, **accepted(part, settings))
+        return wrapper
+    optimizer: torch.optim.Optimizer = part(model.parameters(), **accepted(part, settings))
+    return optimizer
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
@@ -52,4 +67,9 @@ def _closure_step(setup: Setup, model: nn.Module, optimizer: torch.optim.Optimiz
     return update
 
 
-KIND = Kind(name="optim", part_kind="optimizer", run=run)
+KIND = Kind(
+    name="optim",
+    part_kind="optimizer",
+    run=run,
+    references={"sgd": partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam, "adamw": torch.optim.AdamW},
+)
