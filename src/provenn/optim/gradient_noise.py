@@ -23,8 +23,8 @@ from provenn.optim._gradient_noise_generators import Generators
 
 __all__ = ["GradientNoise", "noise_std", "sussillo_abbott_"]
 
-_BUCKET = 1 << 20
-"""Elements drawn at once: enough that small parameters share a draw, few enough that memory stays bounded."""
+_BUCKET = 1 << 18
+"""Elements drawn at once: so many that small parameters share a draw, so few that it stays in cache."""
 
 
 def noise_std(step: int, eta: float = 0.3, gamma: float = 0.55) -> float:
@@ -42,7 +42,7 @@ def noise_std(step: int, eta: float = 0.3, gamma: float = 0.55) -> float:
         ValueError: ``step``, ``eta`` or ``gamma`` < 0.
         TypeError: ``step`` is no integer, or ``eta`` or ``gamma`` no number.
 
-    Source: equation 1 of the paper, which gives the variance.
+    Source: the paper's section on the method, which gives the variance.
     """
     check_integer("step", step, at_least=0)
     check_number("eta", eta, at_least=0)
@@ -83,10 +83,10 @@ class GradientNoise(torch.optim.Optimizer):
         RuntimeError: A gradient is sparse.
 
     Cost: per step one normal draw and one addition an element, and one pass to clip. No state of a parameter's size;
-    a step's own memory is the largest gradient or a million elements, whichever is more, and with ``keep_grad``
-    one copy of all gradients.
+    a step's own memory is the largest gradient or a quarter of a million elements, whichever is more, and with
+    ``keep_grad`` one copy of all gradients.
 
-    Source: section 2 and equation 1 of the paper.
+    Source: the paper's section on the method; the order, clipping before noise, is that of its experiments.
     """
 
     def __init__(
@@ -237,14 +237,12 @@ def _check_optimizer(optimizer: Any) -> None:
 
 
 def _add_noise(grads: list[Tensor], std: float, generators: Generators) -> None:
-    reals = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads]
+    reals = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in grads if grad.numel()]
     for (alike,) in same_kind(reals):
         for bucket in _buckets(alike):
-            sizes = [grad.numel() for grad in bucket]
-            noise = torch.empty(sum(sizes), dtype=bucket[0].dtype, device=bucket[0].device)
+            noise = torch.empty(sum(grad.numel() for grad in bucket), dtype=bucket[0].dtype, device=bucket[0].device)
             noise.normal_(0.0, std, generator=generators.on(noise.device))
-            pieces = [piece.view(grad.shape) for piece, grad in zip(noise.split(sizes), bucket, strict=True)]
-            torch._foreach_add_(bucket, pieces)
+            torch._foreach_add_(bucket, torch._utils._unflatten_dense_tensors(noise, bucket))
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -110,9 +110,7 @@ _SMALL: Settings = {"images": "digits", "validation": 287, "batch_size": 50, "st
 _FULL: Settings = {"images": "mnist", "validation": 5000, "batch_size": 50, "steps": 1_100_000}
 
 
-def _tiers(seeds: int) -> dict[str, Tier]:
-    return {"smoke": Tier(1, _SMOKE), "small": Tier(seeds, _SMALL), "full": Tier(40, _FULL)}
-
+_TIERS = {"smoke": Tier(1, _SMOKE), "small": Tier(3, _SMALL), "full": Tier(40, _FULL)}
 
 CLAIM = Claim(
     slug="gradient-noise",
@@ -137,9 +135,9 @@ CLAIM = Claim(
         "above the one without. Else not reproduced. He initialisation is a control and has no part in the rule."
     ),
     studies={
-        "simple": Study(arms=(NOISE, PLAIN), tiers=_tiers(3), tuning=_TUNING),
-        "zero": Study(arms=(NOISE, PLAIN), tiers=_tiers(3), tuning=_TUNING),
-        "He": Study(arms=(NOISE, PLAIN), tiers=_tiers(1), tuning=_UNTUNED),
+        "simple": Study(arms=(NOISE, PLAIN), tiers=_TIERS, tuning=_TUNING),
+        "zero": Study(arms=(NOISE, PLAIN), tiers=_TIERS, tuning=_TUNING),
+        "He": Study(arms=(NOISE, PLAIN), tiers=_TIERS, tuning=_UNTUNED),
         **{
             name: Study(arms=(NOISE, PLAIN), tiers={"full": Tier(40, _FULL)}, tuning=_TUNING)
             for name in ("Sussillo-Abbott", "simple, clip 100", "simple, no clipping")
@@ -164,10 +162,13 @@ CLAIM = Claim(
     run=run,
     judge=judge,
     deviations=(
+        "The figures of the table, and that the paper clips before it adds noise, could not be checked against its "
+        "text; those of the abstract were.",
         "In the small tier scikit-learn's digits (1 437 to train and validate, 360 to test) stand in for MNIST, and "
         "10 000 steps of batches of 50 for 1 000 epochs; the paper's batch size is not known here.",
         "η is picked from 0.01, 0.03 and 0.1 and the plain arm's learning rate from 0.03, 0.1 and 0.3, by validation "
-        "accuracy on seed 100; the noisy arm keeps the learning rate 0.1. The control runs untuned, at η = 0.01.",
+        "accuracy on seed 100; the noisy arm keeps the learning rate 0.1. The control runs untuned, at η = 0.01 and "
+        "learning rate 0.1, on three seeds.",
         "A run counts with the test accuracy where its validation accuracy was best; one that diverges counts with "
         "its best before that.",
         "Memory networks, the Neural Programmer and the Neural GPU are not rebuilt; the tests train a recurrent and "
