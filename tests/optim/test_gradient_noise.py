@@ -263,6 +263,23 @@ def test_given_generator_is_the_one_drawn_from():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+@pytest.mark.parametrize("steps", [0, 3])
+def test_resumes_with_a_generator_of_its_own_even_one_not_used_yet(steps):
+    first, second = wrapper(eta=1.0), wrapper(eta=1.0)
+    noises(first, steps)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert [one.item() for (one,) in noises(first, 3)] == [one.item() for (one,) in noises(second, 3)]
+
+
+def test_loading_takes_a_copy():
+    saved = wrapper(generator=seeded(1)).state_dict()
+    optimizer = wrapper(generator=seeded(2))
+    optimizer.load_state_dict(saved)
+    noises(optimizer, 2)
+    assert torch.equal(saved["gradient_noise"]["generators"]["states"]["cpu"], seeded(1).get_state())
+    assert saved["gradient_noise"]["steps"] == 0
+
+
 def test_state_of_a_device_that_is_not_here_is_kept():
     # A run that drew on two GPUs, saved, loaded and saved again on a machine without: nothing is lost.
     saved = wrapper(generator=seeded(1)).state_dict()
