@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from provenn.claims.claim import Cell, Evidence
+from provenn.claims.optim import noise_adaptive_lr as claim
 from provenn.contracts import BadInput, FunctionCase, OptimizerCase
 from provenn.core.numerics import norm_oracles
 from provenn.optim import LANTON, _noise_adaptive_lr_oracles, lanton_param_groups
@@ -638,3 +640,82 @@ def test_fixed_rate_steps_as_torchs_muon(shape):
         cosine = torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0).item()
         assert cosine > 1 - 1e-2
         assert (scale * ours.detach().norm() / theirs.detach().norm()).item() == pytest.approx(1, abs=1e-2)
+
+
+# The claim.
+
+
+def cells(finals, curves):
+    return tuple(
+        Cell(seed, {"validation_loss": final}, {claim.CURVE: curve})
+        for seed, (final, curve) in enumerate(zip(finals, curves, strict=True))
+    )
+
+
+def evidence(final, mean, ours, steps, seeds=3):
+    """Blocks' losses over the fixed rate's, LANTON's validation loss, and its step at the fixed rate's final 2.0."""
+    blocks = Evidence.of(
+        {
+            ("blocks", claim.ADAPTIVE): {"final loss": [final * 2] * seeds, "mean loss": [mean * 5] * seeds},
+            ("blocks", claim.FIXED): {"final loss": [2.0] * seeds, "mean loss": [5.0] * seeds},
+        }
+    )
+    down = ((50, 3.0), (steps, 2.0 if steps <= 500 else 2.5), (500, ours))
+    fixed = ((50, 3.0), (500, 2.0))
+    language = {
+        ("language", claim.ADAPTIVE): cells([ours] * seeds, [down] * seeds),
+        ("language", claim.FIXED): cells([2.0] * seeds, [fixed] * seeds),
+    }
+    return Evidence({**blocks.cells, **language})
+
+
+@pytest.mark.parametrize(
+    ("final", "mean", "ours", "steps", "outcome"),
+    [
+        (1.0, 0.8, 1.9, 400, "reproduced"),
+        (1.05, 0.85, 1.99, 450, "reproduced"),
+        (1.0, 0.8, 1.9, 460, "partly"),
+        (1.0, 0.8, 2.005, 501, "partly"),
+        (1.0, 0.8, 2.02, 501, "not reproduced"),
+        (1.06, 0.8, 1.9, 400, "not reproduced"),
+        (1.0, 0.86, 1.9, 400, "not reproduced"),
+    ],
+)
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_judge(final, mean, ours, steps, outcome, seeds):
+    verdict = claim.judge(evidence(final, mean, ours, steps, seeds))
+    assert verdict.outcome == outcome
+    assert ("steps" in verdict.margins) == (ours <= 2.0)  # never reached: no number
+
+
+def test_steps_are_the_first_at_the_target():
+    cell = Cell(0, {}, {claim.CURVE: ((10, 3.0), (20, 1.9), (30, 2.1), (40, 1.8))})
+    assert claim.steps_to(2.0, cell) == 20
+    assert claim.steps_to(1.85, cell) == 40
+    assert claim.steps_to(1.0, cell) == math.inf
+
+
+def test_arms_on_matrices_try_the_same_rates():
+    for study in claim.CLAIM.studies.values():
+        assert study.tuning.of(claim.ADAPTIVE) == study.tuning.of(claim.FIXED)
+
+
+def test_blocks_add_the_noise_that_is_said():
+    model = claim.Blocks(4, 5, torch.Generator().manual_seed(0))
+    draws = torch.randn(4, 5, 5, generator=torch.Generator().manual_seed(1))
+    (model.loss() + model.noise(draws)).backward()
+    for place, layer in enumerate(model.layers):
+        noise = layer.grad - (layer.detach() - model.targets[place])
+        torch.testing.assert_close(noise, (0.1 if place < 2 else 1.0) * draws[place])
+    assert model.loss().item() == pytest.approx(model.targets.square().sum().item() / 2)
+    wide = claim.Blocks(8, 16, torch.Generator().manual_seed(2)).targets
+    assert wide.std().item() == pytest.approx(0.25, rel=0.05)
+
+
+def test_rate_rises_and_falls_as_a_cosine():
+    rates = [claim._cosine(step, 100, warmup=0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[4] == pytest.approx(0.5)
+    assert rates[50] == pytest.approx(0.5)
+    assert rates[99] < 0.001
+    assert claim._cosine(0, 100) == 1.0
