@@ -271,8 +271,8 @@ CLAIM = Claim(
     rule=(
         "Reproduced: (a) on the blocks, LANTON's final loss (mean of the last eighth of the steps) is at most 1.05 "
         "times and its mean loss over the run at most 0.85 times the fixed rate's; and (b) on the character model its "
-        "mean validation loss is lower and it takes at most 0.9 of the fixed rate's steps to that arm's final validation "
-        "loss. Partly: (a), and (b) with a validation loss no worse by more than 0.01. Else not reproduced."
+        "mean validation loss is lower and it takes at most 0.9 of the fixed rate's steps to that arm's final "
+        "validation loss. Partly: (a), and (b) with a validation loss no worse by more than 0.01. Else not reproduced."
     ),
     studies={
         "blocks": Study(
