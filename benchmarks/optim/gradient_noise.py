@@ -48,8 +48,6 @@ def measure() -> dict[str, Any]:
     growth = alternate(
         {str(count): _step(lambda params: GradientNoise(sgd(params)), count, SIZE) for count in (10, 80)}, rounds=15
     )
-    elements = TENSORS * SIZE
-    plain, noisy = (peak_memory(partial(_steps, noise)) for noise in (False, True))
     return {
         "peer": "the formula of optax.add_noise (JAX, not installed here), written anew in NumPy; "
         "time: one draw a parameter in a Python loop before SGD",
@@ -63,7 +61,7 @@ def measure() -> dict[str, Any]:
             "SGD, small parameters": small["GradientNoise(SGD)"] / small["SGD"],
             "SGD, small parameters, clipped": small["clipped"] / small["SGD"],
         },
-        "bytes_per_parameter": {"state": _state_bytes() / SIZE, "peak of a step": max(0, noisy - plain) / elements},
+        "bytes_per_parameter": {"state": _state_bytes() / SIZE, "peak of a step": _peak_bytes_per_parameter()},
         "growth": {"parameters ×8, time ×": growth["80"] / growth["10"]},
     }
 
@@ -104,8 +102,19 @@ def _looped(make: Make, tensors: int, size: int) -> Step:
     return step
 
 
-def _steps(noise: bool) -> None:
-    optimizer: torch.optim.Optimizer = torch.optim.SGD(_parameters(TENSORS, SIZE), lr=1e-3)
+def _peak_bytes_per_parameter() -> float:
+    """Return by how much the noise's peak memory grows with the parameters; what the first step loads cancels."""
+    few, many = (_peak_of_noise(tensors) for tensors in (TENSORS, 4 * TENSORS))
+    return max(0, many - few) / (3 * TENSORS * SIZE)
+
+
+def _peak_of_noise(tensors: int) -> int:
+    plain, noisy = (peak_memory(partial(_steps, tensors, noise)) for noise in (False, True))
+    return noisy - plain
+
+
+def _steps(tensors: int, noise: bool) -> None:
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(_parameters(tensors, SIZE), lr=1e-3)
     if noise:
         optimizer = GradientNoise(optimizer)
     for _ in range(3):
