@@ -94,7 +94,8 @@ def _state_numbers(make: Make) -> float:
     optimizer = make(params)
     optimizer.step()
     held = sum(value.numel() for state in optimizer.state.values() for value in state.values())
-    return held / sum(param.numel() for param in params)
+    each: float = held / sum(param.numel() for param in params)
+    return each
 
 
 def _step_bytes(make: Make) -> float:
@@ -105,4 +106,5 @@ def _step_bytes(make: Make) -> float:
         optimizer.step()
     with TensorMemory() as memory:
         optimizer.step()
-    return memory.peak / sum(param.numel() for param in params)
+    bytes_each: float = memory.peak / sum(param.numel() for param in params)
+    return bytes_each
