@@ -50,16 +50,17 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     check_integer("steps", steps, at_least=1)
     if matrix.dim() < 2:
         raise ValueError(f"matrix must have two dimensions or more, got shape {tuple(matrix.shape)}")
-    dtype = torch.float32 if matrix.dtype in (torch.float16, torch.bfloat16) else matrix.dtype
+    half = matrix.dtype in (torch.float16, torch.bfloat16)
     tall = matrix.shape[-2] > matrix.shape[-1]
-    X = (matrix.mT if tall else matrix).to(dtype)
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+    X = matrix.mT if tall else matrix
+    X = X.float() if half else X
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(X.dtype).tiny)
     a, b, c = _QUINTIC
     for _ in range(steps):
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
-    factor: Tensor = (X.mT if tall else X).to(matrix.dtype)
-    return factor
+    factor: Tensor = X.mT if tall else X
+    return factor.to(matrix.dtype) if half else factor
 
 
 def orthogonal_factor(matrix: Tensor) -> Tensor:
