@@ -47,14 +47,15 @@ def unit_directions(tensors: Sequence[Tensor], norm: Norm, lmo: Orthogonalizatio
         return list(torch._foreach_sign(tensors))
     if norm == "rms":
         lengths = torch.stack(unit_dual_norms(tensors, norm, lmo, ns_steps))
-        divisors = torch.where(lengths > 0, lengths, 1.0).to(tensors[0].dtype)
+        divisors = matched(torch.where(lengths > 0, lengths, 1.0), tensors[0])
         return list(torch._foreach_div(tensors, list(divisors.unbind())))
     directions = list(tensors)
     for places, stack in _stacks(tensors):
         for place, factor in zip(places, _factors(stack, lmo, ns_steps), strict=True):
             shape = tensors[place].shape
-            tall = shape[0] > shape[1:].numel()
-            directions[place] = (factor.mT if tall else factor).reshape(shape).to(tensors[place].dtype)
+            direction = factor.mT if shape[0] > shape[1:].numel() else factor
+            direction = direction if direction.shape == shape else direction.reshape(shape)
+            directions[place] = matched(direction, tensors[place])
     return directions
 
 
@@ -73,7 +74,11 @@ def unit_dual_norms(tensors: Sequence[Tensor], norm: Norm, lmo: Orthogonalizatio
         One scalar a tensor, in float32 or better.
     """
     if norm != "spectral":
-        return list(torch._foreach_norm(tensors, 1 if norm == "sign" else 2, dtype=_precise(tensors[0].dtype)))
+        return list(
+            torch._foreach_norm(
+                tensors, 1 if norm == "sign" else 2, dtype=torch.promote_types(tensors[0].dtype, torch.float32)
+            )
+        )
     values = list(tensors)
     for places, stack in _stacks(tensors):
         if lmo == "svd":
@@ -85,6 +90,12 @@ def unit_dual_norms(tensors: Sequence[Tensor], norm: Norm, lmo: Orthogonalizatio
     return values
 
 
+def matched(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in another's type and on its device; most often it is there already, and stays as it is."""
+    alike = tensor.dtype == like.dtype and tensor.device == like.device
+    return tensor if alike else tensor.to(like)
+
+
 def _factors(stack: Tensor, lmo: Orthogonalization, ns_steps: int) -> Tensor:
     return orthogonal_factor(stack) if lmo == "svd" else newton_schulz(stack, ns_steps)
 
@@ -94,15 +105,12 @@ def _stacks(tensors: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
     places: dict[torch.Size, list[int]] = {}
     wide = []
     for place, tensor in enumerate(tensors):
-        matrix = tensor.reshape(tensor.shape[0], -1)
+        matrix = tensor if tensor.dim() == 2 else tensor.reshape(tensor.shape[0], -1)
         wide.append(matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix)
         places.setdefault(wide[-1].shape, []).append(place)
     for shape, alike in places.items():
         size = max(1, MAX_STACK // shape.numel())
         for start in range(0, len(alike), size):
             picked = alike[start : start + size]
-            yield picked, torch.stack([wide[place] for place in picked]).to(_precise(tensors[0].dtype))
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+            stack = torch.stack([wide[place] for place in picked])
+            yield picked, stack.float() if stack.dtype in (torch.float16, torch.bfloat16) else stack

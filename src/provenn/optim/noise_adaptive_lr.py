@@ -23,7 +23,7 @@ from torch.optim.optimizer import ParamsT
 from provenn.core.numerics.foreach import same_kind
 from provenn.core.numerics.norm_oracles import Norm
 from provenn.optim._noise_adaptive_lr_groups import check_group, dense, lanton_param_groups, layers_by_norm
-from provenn.optim._noise_adaptive_lr_oracles import radius, unit_directions, unit_dual_norms
+from provenn.optim._noise_adaptive_lr_oracles import matched, radius, unit_directions, unit_dual_norms
 from provenn.optim._noise_adaptive_lr_report import LayerRate, LayerReport
 
 __all__ = ["LANTON", "lanton_param_groups"]
@@ -197,7 +197,8 @@ class LANTON(torch.optim.Optimizer):
         ratios: dict[Tensor, Tensor] = {}
         if group["noise_adaptive"]:
             self._measure_noise(group, params, grads, others, radii, how)
-            noises = [self.state[param]["noise"].to(params[0].device) for param in params]
+            noises = [self.state[param]["noise"] for param in params]
+            noises = [matched(noise, noises[0]) for noise in noises]
             ratios = dict(zip(params, _ratios(torch.stack(noises), group["alpha"]).unbind(), strict=True))
         for param in params:
             if "momentum" not in self.state[param]:
@@ -208,7 +209,7 @@ class LANTON(torch.optim.Optimizer):
             steps = unit_directions(momenta, *how)
             torch._foreach_mul_(steps, [radii[param] for param in alike])
             if ratios:
-                torch._foreach_mul_(steps, [ratios[param].to(param) for param in alike])
+                torch._foreach_mul_(steps, [matched(ratios[param], param) for param in alike])
             if group["weight_decay"] != 0:
                 torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(alike, steps, alpha=-group["lr"])
