@@ -42,11 +42,11 @@ def test_a_claim_says_whose_it_is_and_what_it_claims(slug):
 def test_a_claim_has_both_short_tiers_and_enough_seeds(slug):
     claim = find(slug).claim
     assert {"smoke", "small"} <= set(claim.tiers)
+    smoked = {study.arms for study in claim.studies.values() if "smoke" in study.tiers}
     for name, study in claim.studies.items():
-        if set(study.tiers) == {"full"}:  # what only the paper's scale can show
-            continue
-        assert {"smoke", "small"} <= set(study.tiers), name
-        assert study.tiers["small"].seeds >= FEWEST_SEEDS, name
+        if "small" in study.tiers:  # a study of data that CI lacks may have its smoke run on a simulator's, by name
+            assert study.arms in smoked, name
+            assert study.tiers["small"].seeds >= FEWEST_SEEDS, name
 
 
 def test_the_method_comes_first_in_every_study(slug):
@@ -60,7 +60,8 @@ def test_the_method_comes_first_in_every_study(slug):
 
 def test_the_judge_is_tested_for_every_outcome(slug):
     paper = card(slug)
-    source = (TESTS / paper.area / f"test_{paper.module_name}.py").read_text()
+    files = (TESTS / paper.area).glob(f"test_{paper.module_name}*.py")
+    source = "".join(file.read_text() for file in files)
     for outcome in ("reproduced", "partly", "not reproduced"):
         assert f'"{outcome}"' in source, f"no test mentions {outcome!r}"
 
