@@ -102,7 +102,7 @@ class Likelihood:
         a, b, c, nu = self.predictors(theta)
         value, first, second = _row_derivatives(self.rows, a, b, c, nu, hessian)
         design = self.rows.design
-        gradient = (design.T @ torch.stack(first, dim=1))[self._column, self._place] - self.penalty * theta
+        gradient = (torch.stack(first) @ design)[self._place, self._column] - self.penalty * theta
         value = value - (self.penalty * theta**2).sum() / 2
         if second is None:
             return value, gradient, None
