@@ -1,5 +1,7 @@
 """Whole searches beside BoTorch's: ``python -m benchmarks.search._bayesian_optimization_regret RESULTS.jsonl``.
 
+``bayesian_optimization_regret.jsonl`` beside this file holds the searches that were run so far.
+
 Noisy EI, discrete KG and predictive-entropy search against qLogNoisyExpectedImprovement, qKnowledgeGradient and
 qMaxValueEntropy, on Branin and Hartmann-6 with noise 0.3, 20 seeds. Both sides know the noise's variance, share the
 first 2 (d + 1) points and the noise of the n-th evaluation, and answer with the evaluated point of the largest
