@@ -162,6 +162,8 @@ def lbfgs(
 ) -> Descent:
     """Minimise by L-BFGS with ten pairs and a strong Wolfe line search.
 
+    The search compares values, so it stops short of tolerances below about √(L · |h| · rounding).
+
     Args:
         objective: x ↦ (value, gradient).
         x: The start.
