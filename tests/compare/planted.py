@@ -113,6 +113,10 @@ def peaked(params, lr: float = 0.5) -> Planted:
     return Planted(params, lr, "peaked", lambda lr, weight: -abs(math.log10(lr / 0.03)))
 
 
+def asking(params, model, lr: float = 0.5) -> Planted:
+    raise AssertionError("it asks for what no task gives")
+
+
 def rateless(params) -> Planted:
     return Planted(params, 0.25, "rateless", lambda lr, weight: 2.0)
 

@@ -68,9 +68,11 @@ def test_what_does_not_exist_is_exit_code_2(inline, tmp_path, given, words) -> N
 
 
 def test_all_parts_are_ranked_at_once(inline, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(lookup, "all_parts", lambda kind: tuple(f"compare.planted.{one}" for one in ("poor", "good")))
+    names = tuple(f"compare.planted.{one}" for one in ("poor", "asking", "good"))
+    monkeypatch.setattr(lookup, "all_parts", lambda kind, task: names)
     result = inline("optim", "--task", UP, "--parts", "all", "--trials", "2", "--seeds", "2")
     assert result.exit_code == 0, result.output
+    assert "left out: compare.planted.asking needs model" in result.stdout
     ranking = json.loads((tmp_path / "compare-optim-planted.json").read_text())["ranking"]
     assert [row["part"].rpartition(".")[2] for row in ranking] == ["good", "poor"]
 

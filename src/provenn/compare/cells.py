@@ -23,7 +23,7 @@ def run(trial: Trial) -> Iterator[Event]:
     setup = task.setup(trial.seed, trial.device, trial.tuning)
     # Whatever a part draws from torch's global generator depends on the seed alone.
     with seeded(trial.seed, "part"):
-        yield from kind.run(setup, find_part(kind, trial.arm), trial.settings)
+        yield from kind.run(setup, find_part(kind, trial.arm, task), trial.settings)
 
 
 def _judge(evidence: Evidence) -> Verdict:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def compare(
     kind: Annotated[str, typer.Argument(help=f"What to compare: {', '.join(kind_names())}.")],
     task: Annotated[str, typer.Option(help=f"{', '.join(task_names())}, or module.NAME of your own.")],
-    parts: Annotated[str, typer.Option(help="With commas: DiffGrad,torch.optim.Adam,my.module.Part; or all.")],
+    parts: Annotated[
+        str, typer.Option(help="With commas: DiffGrad,torch.optim.Adam,my.module.Part; or all, for all that fit.")
+    ],
     trials: Annotated[int, typer.Option(help="Tuning runs of each part; 0: its own defaults.")] = 8,
     seeds: Annotated[int, typer.Option(help="Runs of each part that count.")] = 5,
     output: Annotated[Path, typer.Option(help="Folder of the CSV, JSON, PNG and HTML files.")] = Path("reports"),
@@ -30,14 +32,19 @@ def compare(
     from rich.text import Text
 
     from provenn.claims.errors import ExitCode, HarnessError
-    from provenn.compare.lookup import all_parts, find_kind
+    from provenn.compare.lookup import find_kind, find_task, fitting_parts
     from provenn.compare.ranking import rank
     from provenn.compare.reporting import table, write
     from provenn.compare.running import Comparison, check
 
     console = Console()
     try:
-        names = all_parts(find_kind(kind)) if parts.strip() == "all" else _part_names(parts)
+        if parts.strip() == "all":
+            names, reasons = fitting_parts(find_kind(kind), find_task(task))
+            for name, reason in reasons.items():
+                console.print(Text(f"left out: {name} {reason}"))
+        else:
+            names = _part_names(parts)
         comparison = Comparison(kind, task, names, _at_least("trials", trials, 0), _at_least("seeds", seeds, 1), device)
         check(comparison)
         results, maximize = _run(comparison, workers, timeout)

@@ -28,6 +28,10 @@ class Kind:
             and the task says otherwise.
         cost: What the second axis is, less of it being better; ``None`` if there is none.
         over: What the headline figure's course is drawn over (evaluations, say); ``None`` if it is not.
+        unfit: ``unfit(task, part)`` → why a part cannot run on a task, in a few words, or ``None`` if it can. Who
+            asks for all parts gets those that fit.
+
+    A task may bring ``references``, ``cost`` and ``over`` of its own; its ``cost`` and ``over`` come before the kind's.
     """
 
     name: str
@@ -37,6 +41,11 @@ class Kind:
     score: str | None = None
     cost: str | None = None
     over: str | None = None
+    unfit: Callable[[Any, Any], str | None] | None = None
+
+    def axes(self, task: AnyTask) -> tuple[str | None, str | None]:
+        """Return what the second axis is, and what the course is drawn over, on a task."""
+        return getattr(task, "cost", None) or self.cost, getattr(task, "over", None) or self.over
 
     def headline(self, task: AnyTask) -> str:
         """Return the name of the headline figure."""

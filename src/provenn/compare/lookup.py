@@ -51,12 +51,13 @@ def find_kind(name: str) -> Kind:
 
 @cache
 def find_task(name: str) -> AnyTask:
-    """Return a task: one that ships, or ``module.NAME`` of a user's own, a ``Task``, a ``SearchTask`` or what returns
-    one.
+    """Return a task: one that ships, or ``module.NAME`` of a user's own, a ``Task``, a ``CountedTask``, a
+    ``SearchTask`` or what returns one.
 
     Raises:
         UsageError: There is no such task; for one without a dot the message names the nearest.
     """
+    from provenn.compare.counted_task import CountedTask
     from provenn.compare.search_task import SearchTask
     from provenn.compare.task import Task
 
@@ -67,39 +68,55 @@ def find_task(name: str) -> AnyTask:
         raise UsageError(unknown_name_message("task", name, task_names()))
     found = import_dotted("task", name)
     task = found() if callable(found) else found
-    if not isinstance(task, Task | SearchTask):
-        wanted = "a Task or SearchTask of provenn.compare, or return one"
+    if not isinstance(task, Task | CountedTask | SearchTask):
+        wanted = "a Task, CountedTask or SearchTask of provenn.compare, or return one"
         raise UsageError(f"task {name} must be {wanted}, got {type(task).__name__}")
     return task
 
 
-def find_part(kind: Kind, name: str) -> Any:
-    """Return a part: a reference of the kind, one of the catalogue's parts of that kind, or what a dotted path names.
+def references(kind: Kind, task: AnyTask | None = None) -> dict[str, Any]:
+    """Return the parts that come with a kind and with a task, by name."""
+    return {**kind.references, **getattr(task, "references", {})}
+
+
+def find_part(kind: Kind, name: str, task: AnyTask | None = None) -> Any:
+    """Return a part: a reference of kind or task, a part of that kind in the catalogue, or what a dotted path names.
 
     Raises:
         UsageError: There is no such part, or it is not built yet; without a dot the message names the nearest.
     """
-    if name in kind.references:
-        return kind.references[name]
+    known = references(kind, task)
+    if name in known:
+        return known[name]
     if "." in name:
         return import_dotted("part", name)
     catalogued = {
         part.attribute: (part, card) for card in cards() for part in card.parts if part.kind == kind.part_kind
     }
     if name not in catalogued:
-        raise UsageError(unknown_name_message(f"part of the kind {kind.name}", name, [*kind.references, *catalogued]))
+        raise UsageError(unknown_name_message(f"part of the kind {kind.name}", name, [*known, *catalogued]))
     part, card = catalogued[name]
     if not card.built:
         raise UsageError(f"{part.name} is not built yet (paper {card.slug})")
     return getattr(importlib.import_module(part.namespace), name)
 
 
-def all_parts(kind: Kind) -> tuple[str, ...]:
-    """Return the names of all that a kind can compare: built parts of the catalogue, and its references."""
+def all_parts(kind: Kind, task: AnyTask | None = None) -> tuple[str, ...]:
+    """Return the names of all that a kind can compare: built parts of the catalogue, and references."""
     catalogued = (
         part.attribute for card in cards() if card.built for part in card.parts if part.kind == kind.part_kind
     )
-    return tuple(dict.fromkeys([*catalogued, *kind.references]))
+    return tuple(dict.fromkeys([*catalogued, *references(kind, task)]))
+
+
+def fitting_parts(kind: Kind, task: AnyTask) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return the names of all parts that fit a task, and why each other does not."""
+    names = all_parts(kind, task)
+    if kind.unfit is None:
+        return names, {}
+    told = {name: kind.unfit(task, find_part(kind, name, task)) for name in names}
+    reasons = {name: reason for name, reason in told.items() if reason is not None}
+    return tuple(name for name in names if name not in reasons), reasons
 
 
 def import_dotted(what: str, path: str) -> Any:

@@ -28,7 +28,7 @@ def draw(rows: Sequence[Row], metric: str, maximize: bool, cost: str | None, ove
     """
     ranked = [row for row in rows if row.rank is not None]
     bars = 1.6 + 0.4 * len(ranked)
-    heights = [4.8] if cost is not None else [bars] if over is None else [bars, 3.6]
+    heights = [bars if cost is None else 4.8] + ([] if over is None else [3.6])
     figure = Figure(figsize=(7, sum(heights)), layout="constrained")
     panels = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
     figure.suptitle(title)

@@ -76,13 +76,14 @@ def _caption(comparison: Comparison) -> str:
 def plain(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
     """Return everything as plain data for JSON; a tuning run that failed has the score ``None``."""
     kind, task = find_kind(comparison.kind), find_task(comparison.task)
+    cost, over = kind.axes(task)
     return {
         **asdict(comparison),
         "metric": task.metric,
         "headline": kind.headline(task),
         "maximize": kind.maximize(task),
-        "cost": kind.cost,
-        "over": kind.over,
+        "cost": cost,
+        "over": over,
         "environment": dict(environment(comparison.device)),
         "ranking": [_plain_row(row) for row in rows],
     }
@@ -129,8 +130,9 @@ def write(comparison: Comparison, rows: Sequence[Row], folder: Path) -> list[Pat
         OSError: The folder cannot be written.
     """
     kind, task = find_kind(comparison.kind), find_task(comparison.task)
-    headline = kind.headline(task) if kind.cost is None else task.metric
-    png = draw(rows, headline, task.maximize, kind.cost, kind.over, f"{comparison.kind} on {task.name}")
+    cost, over = kind.axes(task)
+    headline = kind.headline(task) if cost is None else task.metric
+    png = draw(rows, headline, task.maximize, cost, over, f"{comparison.kind} on {task.name}")
     contents: Mapping[str, bytes] = {
         "csv": as_csv(rows).encode(),
         "json": (json.dumps(plain(comparison, rows), indent=1, ensure_ascii=False) + "\n").encode(),

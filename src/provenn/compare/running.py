@@ -187,7 +187,7 @@ def check(comparison: Comparison) -> None:
     if comparison.kind not in task.kinds:
         raise UsageError(f"task {comparison.task} compares {', '.join(task.kinds)}, not {comparison.kind}")
     for part in comparison.parts:
-        find_part(kind, part)
+        find_part(kind, part, task)
 
 
 def run_comparison(

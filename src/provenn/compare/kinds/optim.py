@@ -7,6 +7,7 @@ A part is ``part(parameters, **settings)``, a class or a function that makes one
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -15,13 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from provenn.claims.claim import Event, Metric, Point, Progress, Settings
+from provenn.compare.counted_task import CountedSetup
 from provenn.compare.kind import Kind, accepted
-from provenn.compare.task import Setup
+from provenn.compare.task import AnyTask, Setup
 from provenn.core.experiment.training import Batch, Update
 
+MARKS = 20
+"""Places on the way through a budget of evaluations at which the metric is taken."""
 
-def run(setup: Setup, part: Any, settings: Settings) -> Iterator[Event]:
-    """Train with an optimizer."""
+
+def run(setup: Setup | CountedSetup, part: Any, settings: Settings) -> Iterator[Event]:
+    """Train with an optimizer, for the task's epochs or with its budget of evaluations."""
+    if isinstance(setup, CountedSetup):
+        yield from _run_counted(setup, part, settings)
+        return
     model = setup.model()
     optimizer = make(part, model, settings)
     update = _closure_step(setup, model, optimizer) if _needs_closure(optimizer) else None
@@ -34,14 +42,43 @@ def run(setup: Setup, part: Any, settings: Settings) -> Iterator[Event]:
     yield Metric("score", setup.measure(model))
 
 
+def _run_counted(setup: CountedSetup, part: Any, settings: Settings) -> Iterator[Event]:
+    problem, budget = setup.problem, setup.task.evaluations
+    optimizer = make(part, problem.model, settings)
+    step: Callable[[Callable[[], Tensor]], Any] = optimizer.step  # type: ignore[assignment]  # typed for floats
+    marks = [budget * (place + 1) / MARKS for place in range(MARKS)]
+    passed = steps = 0
+    seconds, score = 0.0, problem.measure()
+    while passed < MARKS:
+        before, start = problem.spent, time.perf_counter()
+        step(partial(problem.evaluate, steps))
+        seconds, steps = seconds + time.perf_counter() - start, steps + 1
+        if problem.spent <= before:
+            raise ValueError("the part took a step without evaluating its closure")
+        if problem.spent < marks[passed]:
+            continue
+        score = problem.measure()
+        while passed < MARKS and problem.spent >= marks[passed]:
+            yield Point("course", marks[passed], score)
+            yield Point("front", seconds, score)
+            passed += 1
+        yield Progress(passed, MARKS)
+    yield Metric("steps", steps)
+    yield Metric("score", score)
+
+
 def make(part: Any, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """Build an optimizer over a network's parameters, or around one."""
-    if next(iter(inspect.signature(part).parameters), "") == "optimizer":
+    if _wraps(part):
         wrapped = torch.optim.SGD(model.parameters(), momentum=0.9, **accepted(torch.optim.SGD, settings))
         wrapper: torch.optim.Optimizer = part(wrapped, **accepted(part, settings))
         return wrapper
     optimizer: torch.optim.Optimizer = part(model.parameters(), **accepted(part, settings))
     return optimizer
+
+
+def _wraps(part: Any) -> bool:
+    return next(iter(inspect.signature(part).parameters), "") == "optimizer"
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
@@ -67,9 +104,20 @@ def _closure_step(setup: Setup, model: nn.Module, optimizer: torch.optim.Optimiz
     return update
 
 
+def unfit(task: AnyTask, part: Any) -> str | None:
+    """Say why a part cannot run on a task: it asks for more than parameters and what the task tunes."""
+    first, *others = inspect.signature(part).parameters.values()
+    if first.name not in ("params", "parameters", "optimizer"):
+        return f"takes {first.name} first, not parameters"
+    asked = [one.name for one in others if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
+    lacking = [name for name in asked if name not in task.kinds["optim"]]
+    return f"needs {', '.join(lacking)}" if lacking else None
+
+
 KIND = Kind(
     name="optim",
     part_kind="optimizer",
     run=run,
     references={"sgd": partial(torch.optim.SGD, momentum=0.9), "adam": torch.optim.Adam, "adamw": torch.optim.AdamW},
+    unfit=unfit,
 )

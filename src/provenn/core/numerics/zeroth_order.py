@@ -227,8 +227,10 @@ def forward_derivative(
     if parameters.keys() != tangents.keys():
         raise ValueError(f"tangents must have the names {sorted(parameters)}, got {sorted(tangents)}")
     at = {name: one.detach() for name, one in parameters.items()}
+    value: Tensor
+    derivative: Tensor
     with torch.no_grad():
-        value, derivative = torch.func.jvp(loss, (at,), (dict(tangents),))
+        value, derivative = torch.func.jvp(loss, (at,), (dict(tangents),))[:2]
     if value.ndim:
         raise ValueError(f"loss must return a scalar, got shape {tuple(value.shape)}")
     return value, derivative
