@@ -49,8 +49,12 @@ class StaticInverseFisher:
     Shape:
         ``grads`` (m, d).
 
+    The recursion takes differences of numbers near 1/λ. In a block of fewer columns than gradients, rounding grows with
+    the condition number ‖F‖/λ: in float32 keep that below about 1e6, or give float64.
+
     Raises:
-        ValueError: ``grads`` is not two-dimensional, is empty or has a row that is not finite; ``damping`` ≤ 0;
+        ValueError: ``grads`` is not two-dimensional, is empty, has a row that is not finite, or is so large against λ
+            that the recursion overflows; ``damping`` ≤ 0;
             ``block_size`` is neither -1 nor ≥ 1; or ``pages`` does not divide m.
         TypeError: ``grads`` is not real floating-point, or an option is no number.
 
@@ -104,6 +108,11 @@ class StaticInverseFisher:
                 _subtract(gradients, vectors, earlier.to(self.device), of)
             _eliminate(gradients, vectors, denominators[:, first : first + rows], m)
             done.append(vectors.to(home))
+        if not denominators.isfinite().all():
+            raise ValueError(
+                f"grads must not exceed what {self.dtype} can hold against the damping {self.damping:g}, got products "
+                "that overflow: give them in float64, or raise the damping"
+            )
         return _Blocks(start, stop, done, denominators)
 
     def _pages(self, part: _Blocks) -> list[tuple[Tensor, Tensor]]:
