@@ -97,7 +97,8 @@ def test_dotted_paths_fail_in_words(tmp_path, monkeypatch) -> None:
     with pytest.raises(UsageError, match=r"own_lacking does not import.*no_such_package"):
         import_dotted("part", "own_lacking.Mine")
     with pytest.raises(
-        UsageError, match=r"must be a Task, CountedTask or SearchTask of provenn\.compare, or return one, got int"
+        UsageError,
+        match=r"must be a Task, CountedTask, LossTask or SearchTask of provenn\.compare, or return one, got int",
     ):
         find_task("compare.planted.NOT_A_TASK")
 
