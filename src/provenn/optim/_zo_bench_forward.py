@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,8 @@ class ForwardGradient(GradientFreeOptimizer):
     Raises:
         ValueError: ``lr`` ≤ 0, ``num_queries`` < 1 or ``weight_decay`` < 0.
         NotImplementedError: An operation of the loss has no forward-mode rule; torch's message names it.
-        RuntimeError: The loss was NaN or infinite in ten steps in a row; each such step is skipped and counted.
+        RuntimeError: The loss does not depend on the parameters, or was NaN or infinite in ten steps in a row; each such
+            step is skipped and counted.
 
     Cost: a query is a forward pass on values and tangents, about two passes' work; memory of one copy of the
     parameters (v) and twice a forward pass's activations. No graph is kept.
@@ -106,26 +108,28 @@ class ForwardGradient(GradientFreeOptimizer):
 
 
 @torch.no_grad()
-def closure_derivative(loss: Closure, tensors: Sequence[Tensor], tangents: Sequence[Tensor]) -> float:
+def closure_derivative(loss: Evaluations, tensors: Sequence[Tensor], tangents: Sequence[Tensor]) -> float:
     """Return the derivative of a closure's loss along tangents of tensors that the closure reads.
 
     The tensors carry the tangents in place while the closure runs, so it need not be a function of parameters.
 
     Args:
-        loss: Evaluates the loss; its closure must not switch gradients on.
+        loss: Evaluates the loss.
         tensors: What the loss depends on.
         tangents: The direction, in their shapes.
 
     Raises:
         NonFiniteLossError: Loss or derivative is NaN or infinite.
+        RuntimeError: The loss carries no derivative.
     """
     with forward_ad.dual_level():
         for tensor, tangent in zip(tensors, tangents, strict=True):
             tensor.copy_(forward_ad.make_dual(tensor.detach(), tangent))
-        value = torch.as_tensor(loss())
-        found = forward_ad.unpack_dual(value).tangent
-        slope = 0.0 if found is None else float(found)
-        number = float(forward_ad.unpack_dual(value).primal)
-    if not (number - number == 0 and slope - slope == 0):
-        raise NonFiniteLossError(f"the loss was {number}, its derivative {slope}")
-    return slope
+        value = loss.evaluate()
+        slope = forward_ad.unpack_dual(value).tangent if isinstance(value, Tensor) else None
+        if slope is None:
+            raise RuntimeError("the closure's loss carries no derivative: it does not depend on the parameters")
+        found, at = float(slope), float(value)
+    if not (math.isfinite(at) and math.isfinite(found)):
+        raise NonFiniteLossError(f"the loss was {at}, its derivative {found}")
+    return found

@@ -164,7 +164,7 @@ class HybridZO(torch.optim.Optimizer):
         Raises:
             RuntimeError: The loss was NaN or infinite in ten steps in a row.
         """
-        loss = None if self.fo is None else self._differentiate(closure)
+        loss, gradients = (None, []) if self.fo is None else self._differentiate(closure)
         void = loss is not None and not math.isfinite(float(loss))
         if self.zo is not None and not void:
             before = self.zo.skipped
@@ -178,11 +178,13 @@ class HybridZO(torch.optim.Optimizer):
             return loss
         self._skipped_in_a_row = 0
         if self.fo is not None:
+            for one, gradient in zip(_held(self.fo), gradients, strict=True):
+                one.grad = gradient  # the closure may have cleared it since
             self.fo.step()
         return loss
 
-    def _differentiate(self, closure: Closure) -> Tensor | float:
-        """Leave gradients of the first-order part in ``grad``, without a graph through the other part."""
+    def _differentiate(self, closure: Closure) -> tuple[Tensor, list[Tensor | None]]:
+        """Return loss and gradients of the first-order part, without a graph through the other part."""
         head = _held(self.fo)
         for one in head:
             one.grad = None
@@ -190,10 +192,10 @@ class HybridZO(torch.optim.Optimizer):
             loss = closure()
             if not isinstance(loss, Tensor):
                 raise TypeError(f"closure must return a tensor where a part is first-order, got {loss!r}")
-            if loss.requires_grad and all(one.grad is None for one in head):
-                for one, gradient in zip(head, torch.autograd.grad(loss, head, allow_unused=True), strict=True):
-                    one.grad = gradient
-        return loss.detach()
+            gradients = [one.grad for one in head]
+            if loss.requires_grad and all(one is None for one in gradients):
+                gradients = list(torch.autograd.grad(loss, head, allow_unused=True))
+        return loss.detach(), gradients
 
 
 def _held(part: torch.optim.Optimizer | None) -> list[Tensor]:

@@ -50,14 +50,17 @@ class Evaluations:
 
     def __call__(self) -> Tensor | float:
         """Evaluate the loss."""
+        loss = self.evaluate()
+        return loss.detach() if isinstance(loss, Tensor) else loss
+
+    def evaluate(self) -> Tensor | float:
+        """Evaluate the loss, and return it with whatever derivatives it carries."""
         self.count += 1
         loss = self._evaluate()
-        if isinstance(loss, Tensor):
-            if loss.requires_grad and not self.with_grad:
-                self._warn()
-            loss = loss.detach()
+        if isinstance(loss, Tensor) and loss.requires_grad and not self.with_grad:
+            self._warn()
         if self.first is None:
-            self.first = loss
+            self.first = loss.detach() if isinstance(loss, Tensor) else loss
         return loss
 
     def _evaluate(self) -> Tensor | float:
@@ -128,12 +131,15 @@ class GradientFreeOptimizer(torch.optim.Optimizer):
             ValueError: A parameter is complex, holds integers or is not contiguous.
         """
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            if not parameter.is_floating_point():
-                self.param_groups.pop()
-                kind = "complex" if parameter.is_complex() else str(parameter.dtype)
-                raise ValueError(f"params must be real floating-point tensors, got a {kind} one")
-            flat_view(parameter)
+        try:
+            for parameter in self.param_groups[-1]["params"]:
+                if not parameter.is_floating_point():
+                    kind = "complex" if parameter.is_complex() else str(parameter.dtype)
+                    raise ValueError(f"params must be real floating-point tensors, got a {kind} one")
+                flat_view(parameter)
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     @property
     def tensors(self) -> list[Tensor]:
