@@ -205,7 +205,7 @@ CASES = [
     head_case(ArcFaceLoss, {"s": SCALES, "m": (-0.1, math.pi)}),
     head_case(
         SphereFaceLoss,
-        {"s": SCALES, "m": (0,), "lambda_min": (-1.0, 2000.0), "lambda_start": (4.0,)},
+        {"s": SCALES, "m": (0,), "lambda_min": (-1.0,), "lambda_start": (4.0,)},
         lambda_start=6.0,
         s=8.0,
     ),

@@ -35,6 +35,7 @@ class NormFaceLoss(SphereHead):
 
     Raises:
         ValueError: ``num_classes`` < 2, ``s`` ≤ 0, or an unknown ``reduction``.
+        TypeError: A number is of another type.
 
     Cost: O(batch C d) time, and O(batch C) memory.
 
@@ -81,6 +82,7 @@ class CosFaceLoss(NormFaceLoss):
 
     Raises:
         ValueError: ``num_classes`` < 2, ``s`` ≤ 0, ``m`` < 0, or an unknown ``reduction``.
+        TypeError: A number is of another type.
 
     Cost: O(batch C d) time, and O(batch C) memory.
 
@@ -127,6 +129,7 @@ class ArcFaceLoss(NormFaceLoss):
 
     Raises:
         ValueError: ``num_classes`` < 2, ``s`` ≤ 0, ``m`` outside [0, π), or an unknown ``reduction``.
+        TypeError: A number is of another type.
 
     Cost: O(batch C d) time, and O(batch C) memory.
 
@@ -181,7 +184,7 @@ class SphereFaceLoss(NormFaceLoss):
     Raises:
         ValueError: ``num_classes`` < 2, ``s`` ≤ 0, ``m`` < 1, ``lambda_min`` < 0, ``lambda_start`` < ``lambda_min``, or
             an unknown ``reduction``.
-        TypeError: ``m`` is no whole number.
+        TypeError: A number is of another type.
 
     Cost: O(batch C d) time, and O(batch C) memory.
 

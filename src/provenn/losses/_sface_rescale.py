@@ -194,7 +194,8 @@ class RescaledLoss(SphereHead):
         As in :meth:`forward`.
 
     Raises:
-        ValueError: As :class:`SphereHead`.
+        ValueError: ``in_features`` < 1, ``num_classes`` < 2, or an unknown ``reduction``.
+        TypeError: A number is of another type.
 
     Cost: O(batch C d) time, and O(batch C) memory.
 
@@ -280,6 +281,7 @@ class SFaceLoss(RescaledLoss):
 
     Raises:
         ValueError: ``num_classes`` < 2, ``s`` or ``k`` ≤ 0, an angle outside (0, π), or an unknown ``reduction``.
+        TypeError: A number is of another type.
 
     Cost: O(batch C d) time, and O(batch C) memory: two exponentials a cosine more than softmax.
 
