@@ -692,6 +692,14 @@ def test_half_precision_is_worked_on_in_float32():
         torch.testing.assert_close(loss(x, Y), loss(x.float(), Y))
 
 
+@pytest.mark.parametrize("cls", HEADS)
+def test_heads_compile_without_a_break(cls):
+    torch.manual_seed(0)
+    loss = cls(D, C).eval()
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(X, Y), loss(X, Y))
+
+
 def test_errors_name_the_row():
     with pytest.raises(ValueError, match="row 3"):
         SFaceLoss(D, C)(with_row(3, 0.0), Y)

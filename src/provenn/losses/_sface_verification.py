@@ -101,12 +101,13 @@ def verification_report(
             named), fewer pairs than folds, or a rate outside (0, 1].
         TypeError: ``labels`` are no integers, or ``embeddings`` not of floating point.
 
-    Cost: O(N² (d + folds + log N)) time and O(N²) memory, in float64.
+    Cost: O(N² (d + folds log N)) time and O(N²) memory, in float64.
 
     Source: Huang et al., "Labeled Faces in the Wild" (2007), for the accuracy; Maze et al., "IARPA Janus Benchmark C"
     (2018), for the rates.
     """
     unit = _directions("embeddings", embeddings, "labels", labels)
+    labels = labels.to(unit.device)
     first, second = torch.triu_indices(len(unit), len(unit), offset=1, device=unit.device)
     same = labels[first] == labels[second]
     if bool(same.all()):
@@ -143,7 +144,7 @@ def pair_report(
             a rate outside (0, 1].
         TypeError: ``same`` is not of booleans, or ``scores`` not of floating point.
 
-    Cost: O(n (folds + log n)) time and O(n) memory for n pairs.
+    Cost: O(n folds log n) time and O(n) memory for n pairs.
 
     Source: as :func:`verification_report`.
     """
@@ -158,12 +159,11 @@ def pair_report(
     if bool(same.all()) or not bool(same.any()):
         raise ValueError(f"same must hold matching and other pairs, got {int(same.sum())} matching of {len(same)}")
     check_integer("folds", folds, at_least=2)
-    # Longer stretches first: pair i of n stands in fold ⌊i · folds / n⌋ but for what does not come out even.
     short, long = divmod(len(scores), folds)
     sizes = torch.full((folds,), short)
     sizes[:long] += 1
     place = torch.repeat_interleave(torch.arange(folds), sizes).to(scores.device)
-    return _report(scores.detach().double(), same, place, folds, fars)
+    return _report(scores.detach().double(), same.to(scores.device), place, folds, fars)
 
 
 @torch.no_grad()
@@ -261,6 +261,7 @@ def identification_rate(
     check_integer("rank", rank, at_least=1)
     unit = _directions("embeddings", embeddings, "labels", labels)
     alike = unit @ unit.T
+    labels = labels.to(unit.device)
     same = labels[:, None] == labels
     mates = same & ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
     if not bool(mates.any()):
