@@ -50,6 +50,8 @@ class BilevelStep:
         gradient_norm: ‖z‖.
         error_bound: ω; NaN where it is not computed.
         accepted: Whether θ moved.
+
+    Source: arXiv 2308.10098, algorithm 2.
     """
 
     step: int
@@ -77,6 +79,8 @@ class BilevelCertificate:
         upper_bound: At least f(θ).
         lower_iterations: Lower-level iterations taken.
         cg_iterations: Iterations of conjugate gradients taken.
+
+    Source: arXiv 2308.10098, section 3, bounds of inexact values and hypergradients.
     """
 
     epsilon: float
@@ -101,6 +105,11 @@ class BilevelResult:
         history: One record an outer iteration, from the start.
         status: ``"converged"``: ‖z‖ + ω ≤ tol; ``"budget"`` or ``"steps"``: all were spent; ``"stalled"``: the
             arithmetic or the caps allow no higher accuracy.
+
+    Shape:
+        ``theta`` and ``hypergradient`` alike, ``x`` any.
+
+    Source: arXiv 2308.10098, section 3.
     """
 
     theta: Float[Tensor, "*theta"]

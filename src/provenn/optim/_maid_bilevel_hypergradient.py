@@ -27,6 +27,8 @@ class ConvexityError(ValueError):
     Args:
         message: What was seen.
         curvature: dᵀH d / dᵀd of the direction.
+
+    Source: arXiv 2308.10098, the assumption of strong convexity.
     """
 
     def __init__(self, message: str, curvature: float) -> None:
@@ -154,6 +156,11 @@ class Hypergradient(NamedTuple):
         adjoint: q, for a warm start.
         residual_norm: ‖∇g(x) − H q‖.
         iterations: Iterations of conjugate gradients.
+
+    Shape:
+        ``gradient`` as θ, ``adjoint`` as x.
+
+    Source: arXiv 2308.10098, section 2.
     """
 
     gradient: Float[Tensor, "*theta"]

@@ -22,6 +22,9 @@ class BilevelProblem(ABC):
         theta0: Start of θ.
         x0: Start of x.
 
+    Raises:
+        TypeError: A subclass does not say what its levels are.
+
     Source: arXiv 2308.10098, section 1.
     """
 

@@ -89,7 +89,8 @@ def exact_value(problem: BilevelProblem, theta: Tensor, x: Tensor, max_iter: int
         max_iter: Most iterations.
     """
     if isinstance(problem, BilevelQuadratic):
-        return problem.value(theta)
+        closed: float = problem.value(theta)
+        return closed
 
     def objective(at: Tensor) -> tuple[Tensor, Tensor]:
         leaf = at.detach().requires_grad_()
@@ -99,4 +100,5 @@ def exact_value(problem: BilevelProblem, theta: Tensor, x: Tensor, max_iter: int
     mu = problem.mu(theta)
     smoothness = problem.smoothness(theta) or mu
     found = fista(objective, x, tol=1e-5 * mu, mu=mu, smoothness=smoothness, max_iter=max_iter)
-    return problem.upper(found.x).item()
+    value: float = problem.upper(found.x).item()
+    return value

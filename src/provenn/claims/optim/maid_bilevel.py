@@ -128,7 +128,8 @@ def judge(evidence: Evidence) -> Verdict:
 
 
 def _spread(evidence: Evidence, study: str, arm: str) -> np.ndarray:
-    return evidence.values(study, arm, "worst final loss") / evidence.values(study, arm, "best final loss")
+    ratio: np.ndarray = evidence.values(study, arm, "worst final loss") / evidence.values(study, arm, "best final loss")
+    return ratio
 
 
 def _against_best(evidence: Evidence, study: str) -> np.ndarray:
