@@ -34,12 +34,15 @@ class Estimate:
 
     def pieces(self) -> Iterator[tuple[int, slice, Tensor]]:
         """Yield index of the tensor, piece of its flattened entries, and the estimate there, which may be changed."""
-        for drawn in zip(*(direction.pieces() for direction in self.directions), strict=True):
-            index, piece, total = drawn[0]
+        first, *others = (direction.pieces() for direction in self.directions)
+        for index, piece, total in first:
             total.mul_(self.weights[0])
-            for (_, _, noise), weight in zip(drawn[1:], self.weights[1:], strict=True):
+            for other, weight in zip(others, self.weights[1:], strict=True):
+                _, _, noise = next(other)
                 total.add_(noise, alpha=weight)
+                del noise
             yield index, piece, total
+            del total  # or it would outlive the draw of the next piece
 
     def signs(self) -> Estimate:
         """Return the estimate with each derivative replaced by its sign."""

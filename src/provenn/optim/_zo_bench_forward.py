@@ -40,8 +40,8 @@ class ForwardGradient(GradientFreeOptimizer):
     Raises:
         ValueError: ``lr`` ≤ 0, ``num_queries`` < 1 or ``weight_decay`` < 0.
         NotImplementedError: An operation of the loss has no forward-mode rule; torch's message names it.
-        RuntimeError: The loss does not depend on the parameters, or was NaN or infinite in ten steps in a row; each such
-            step is skipped and counted.
+        RuntimeError: The loss does not depend on the parameters, or was NaN or infinite in ten steps in a row, each of
+            which is skipped and counted.
 
     Cost: a query is a forward pass on values and tangents, about two passes' work; memory of one copy of the
     parameters (v) and twice a forward pass's activations. No graph is kept.

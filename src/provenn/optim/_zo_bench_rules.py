@@ -55,6 +55,7 @@ def apply(
             _adam_(weights, gradient, held, group, state[tensor]["step"])
         else:
             weights.add_(gradient, alpha=-scale * group["lr"])
+        del gradient  # or it would outlive the draw of the next piece
 
 
 def _buffers(tensor: Tensor, rule: str, state: MutableMapping[Tensor, dict[str, Any]]) -> list[Tensor]:

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_number
 
-_PIECE = 1 << 18
-"""Entries of noise that exist at once: 1 MiB in float32, small beside a network and large beside a kernel launch."""
+_PIECE = 1 << 13
+"""Entries of noise that exist at once on a CPU: 32 KiB in float32, which stay in its cache until they are used."""
+
+_DEVICE_PIECE = 1 << 20
+"""Entries elsewhere: small beside a network and large beside a kernel launch."""
 
 
 class FlatParameters:
@@ -78,10 +81,12 @@ def seeded_normal(tensors: Sequence[Tensor], seed: int) -> Iterator[tuple[int, s
     for index, tensor in enumerate(tensors):
         if tensor.device not in generators:
             generators[tensor.device] = torch.Generator(tensor.device).manual_seed(seed)
-        for start in range(0, tensor.numel(), _PIECE):
-            piece = slice(start, min(start + _PIECE, tensor.numel()))
+        size = _PIECE if tensor.device.type == "cpu" else _DEVICE_PIECE
+        for start in range(0, tensor.numel(), size):
+            piece = slice(start, min(start + size, tensor.numel()))
             noise = torch.empty(piece.stop - start, dtype=tensor.dtype, device=tensor.device)
             yield index, piece, noise.normal_(generator=generators[tensor.device])
+            del noise  # or it would outlive the draw of the next piece
 
 
 @torch.no_grad()
@@ -106,6 +111,7 @@ def add_noise_(tensors: Sequence[Tensor], scale: float, seed: int) -> None:
     views = [flat_view(tensor) for tensor in tensors]
     for index, piece, noise in seeded_normal(tensors, seed):
         views[index][piece].add_(noise, alpha=scale)
+        del noise
 
 
 def flat_view(tensor: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class SeededDirection:
     Raises:
         ValueError: There is no tensor, one is not contiguous, or ``seed`` is negative.
 
-    Cost: O(entries) time a draw; memory of 2¹⁸ numbers, whatever the size of the tensors.
+    Cost: O(entries) time a draw; memory of 2¹³ numbers (2²⁰ on a GPU), whatever the size of
+    the tensors.
 
     Source: Malladi et al., arXiv 2305.17333, algorithm 1.
     """
@@ -51,19 +52,25 @@ class SeededDirection:
         for one in range(len(self.tensors)) if index is None else (index,):
             for _, piece, noise in seeded_normal([self.tensors[one]], derive_seed(self.seed, one)):
                 factors = None if self._mask is None else self._mask(one, piece)
-                yield one, piece, noise if factors is None else noise.mul_(factors)
+                if factors is not None:
+                    noise.mul_(factors)
+                    del factors
+                yield one, piece, noise
+                del noise  # or it would outlive the draw of the next piece
 
     @torch.no_grad()
     def add_(self, scale: float) -> None:
         """Add ``scale`` · z to the tensors, in place."""
         for index, piece, noise in self.pieces():
             self._views[index][piece].add_(noise, alpha=scale)
+            del noise
 
     def materialize(self) -> list[Tensor]:
         """Return z as new tensors in the shapes of the tensors."""
         drawn = [torch.empty_like(view) for view in self._views]
         for index, piece, noise in self.pieces():
             drawn[index][piece] = noise
+            del noise
         return [noise.view(tensor.shape) for noise, tensor in zip(drawn, self.tensors, strict=True)]
 
 
@@ -161,6 +168,7 @@ def perturbed_layers(model: nn.Module, direction: SeededDirection, step: float) 
             view = flat_view(moved)
             for _, piece, noise in direction.pieces(index):
                 view[piece].add_(noise, alpha=step)
+                del noise
             parameter.data = moved
             reached.add(index)
 
