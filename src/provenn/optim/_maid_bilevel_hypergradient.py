@@ -289,9 +289,9 @@ class Estimates:
         self.upper = self.jacobian = self.inverse_hessian = 0.0
 
     def jacobian_norm(self, point: Linearization, z: Tensor) -> float:
-        """Estimate ‖J‖ by ten power iterations, from where the last call ended, at first from z."""
-        start = z.flatten() if self._direction is None else self._direction
-        norm, self._direction = operator_norm(point.jacobian, point.jacobian_transposed, start)
+        """Estimate ‖J‖ by ten power iterations from z at first, then by three from where the last call ended."""
+        start, steps = (z.flatten(), 10) if self._direction is None else (self._direction, 3)
+        norm, self._direction = operator_norm(point.jacobian, point.jacobian_transposed, start, steps)
         return norm
 
     def fill(

@@ -117,8 +117,9 @@ class MAID:
         RuntimeError: In :meth:`step`, a level's value or gradient is not finite at the current θ; the message names
             the level. A trial of a line search that leaves the numbers is only rejected.
 
-    Cost: an outer iteration takes some lower solves (one and one a trial), a solve of the adjoint system, 20 products
-    with J and Jᵀ, and, for constants to estimate, a linearisation at a second point with a short solve there. Memory:
+    Cost: an outer iteration takes some lower solves (one and one a trial), a solve of the adjoint system, six products
+    with J and Jᵀ (20 at first), and, for constants to estimate, a linearisation at a second point with a short solve
+    there. Memory:
     a few x, and the graph of one second derivative.
 
     Source: arXiv 2308.10098, algorithms 1 and 2; growth by 10/9, η² and three rounds as in the authors' code.
