@@ -200,13 +200,14 @@ class PowerResidual(Oracle):
     def gradient(self, x: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return ‖u‖^{p−2} Jᵀu."""
         u, J, size, _ = self._parts(x)
-        g: Tensor = size ** (self.p - 2) * (u @ J)
-        return g
+        slope: Tensor = u @ J
+        return slope * size.pow(self.p - 2)
 
     def hessian(self, x: Float[Tensor, " n"]) -> Float[Tensor, "n n"]:
         """Return ∇²f(x)."""
         u = self.residual(x)
-        return self.approximation(x) + u.norm() ** (self.p - 2) * self.bend(x, u)
+        scale: Tensor = u.norm() ** (self.p - 2)
+        return self.approximation(x) + scale * self.bend(x, u)
 
     def bend(self, x: Float[Tensor, " n"], weights: Float[Tensor, " m"]) -> Float[Tensor, "n n"]:
         """Return Σ wᵢ ∇²uᵢ(x), which is what the approximation leaves out.

@@ -1,4 +1,7 @@
-"""The Gradient-Normalized Smoothness γ(x) itself: an estimate at given points, and how it goes with the gradient."""
+"""The Gradient-Normalized Smoothness γ(x) itself: an estimate at given points, and how it goes with the gradient.
+
+Source: arXiv 2506.13710.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,9 @@ from provenn.optim._gradient_normalized_smoothness_systems import Metric, dense
 
 _DECADES, _HALVINGS = 12, 48
 """Radii reach from 1e-12 to 1e12 lengths of the point; so many halvings of that range leave rounding alone."""
+
+_NUMBERS = 1 << 22
+"""Numbers in one batch of steps: bounds the memory."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def estimate_gns(
         ValueError: ``directions`` < 1, ``x`` is not finite or empty, ``hessian`` is unknown, or the metric is not
             positive definite.
 
-    Cost: at each point 49 · (directions + 2) gradients, in 49 batches, and one H as a matrix.
+    Cost: at each point 49 · (directions + 2) gradients, in batches over points too, and one H as a matrix.
 
     Source: the paper's definition of the Gradient-Normalized Smoothness.
     """
@@ -103,55 +109,52 @@ def estimate_gns(
     if points.dim() != 2 or points.numel() == 0 or not points.isfinite().all():
         raise ValueError(f"x must hold finite points (points, n), at least one, got shape {tuple(x.shape)}")
     norm = Metric(metric).to(points[0])
-    draws = torch.randn(
-        directions,
-        points.shape[1],
-        generator=generator(seed, "directions", device=x.device),
-        dtype=x.dtype,
-        device=x.device,
-    )
-    found = [_bound(oracle, point, hessian, norm, norm.unit(draws)) for point in points]
-    gamma, grad_norm = (tuple(column) for column in zip(*found, strict=True))
+    source = generator(seed, "directions", device=x.device)
+    draws = torch.randn(directions, points.shape[1], generator=source, dtype=x.dtype, device=x.device)
+    units = norm.unit(draws)
+    at_once = max(1, _NUMBERS // ((directions + 2) * points.shape[1]))
+    found = [_bounds(oracle, some, hessian, norm, units) for some in points.split(at_once)]
+    gamma, grad_norm = (tuple(torch.cat(column).tolist()) for column in zip(*found, strict=True))
     return GNSReport(gamma, grad_norm, *_law(gamma, grad_norm), _local(gamma, grad_norm), directions)
 
 
-def _bound(oracle: Oracle, x: Tensor, hessian: HessianChoice, norm: Metric, units: Tensor) -> tuple[float, float]:
-    """Return the least bound of γ(x) that the directions show, and ‖∇f(x)‖_*."""
-    g = oracle.gradient(x)
-    slope = norm.dual_norm(g).item()
-    if slope == 0:
-        return 0.0, 0.0
-    along = norm.solve(g) / slope
-    units = torch.cat((units, along.unsqueeze(0), -along.unsqueeze(0)))
-    bent = units @ dense(curvature_at(oracle, x, hessian), x)
-    reach = max(1.0, norm.norm(x).item())
-    low = torch.full_like(units[:, 0], math.log(reach) - _DECADES * math.log(10))
-    high = torch.full_like(low, math.log(reach) + _DECADES * math.log(10))
-    least = math.inf
+def _bounds(oracle: Oracle, x: Tensor, hessian: HessianChoice, norm: Metric, units: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the least bound of γ that the directions show at each point, and ‖∇f‖_* there."""
+    g = gradient_of(oracle, x)
+    slope = norm.dual_norm(g)
+    along = norm.solve(g) / slope.clamp(min=torch.finfo(x.dtype).tiny).unsqueeze(-1)
+    units = torch.cat((units.expand(len(x), *units.shape), along.unsqueeze(1), -along.unsqueeze(1)), dim=1)
+    bent = torch.stack(
+        [some @ dense(curvature_at(oracle, point, hessian), point) for some, point in zip(units, x, strict=True)]
+    )
+    reach = norm.norm(x).clamp(min=1.0).log().unsqueeze(-1).expand(units.shape[:2])
+    low, high = reach - _DECADES * math.log(10), reach + _DECADES * math.log(10)
+    least = torch.full_like(slope, math.inf)
     log_radius = high
     for _ in range(_HALVINGS + 1):
         radius = log_radius.exp()
         remainder = _remainder(oracle, x, g, bent, units, radius, norm)
-        limit = torch.where(remainder > 0, slope * radius / remainder, math.inf)
-        least = min(least, torch.maximum(radius, limit).min().item())
+        limit = torch.where(remainder > 0, slope.unsqueeze(-1) * radius / remainder, math.inf)
+        least = torch.minimum(least, torch.maximum(radius, limit).amin(1))
         beyond = radius > limit
         high, low = torch.where(beyond, log_radius, high), torch.where(beyond, low, log_radius)
         log_radius = (low + high) / 2
-    return least, slope
+    return torch.where(slope > 0, least, 0.0), slope
 
 
 def _remainder(
     oracle: Oracle, x: Tensor, g: Tensor, bent: Tensor, units: Tensor, radius: Tensor, norm: Metric
 ) -> Tensor:
     """Return ‖∇f(x + h) − ∇f(x) − H h‖_* for h = radius · units; 0 where it is rounding, infinite where undefined."""
-    there = gradient_of(oracle, x + radius.unsqueeze(-1) * units)
+    there = x.unsqueeze(1) + radius.unsqueeze(-1) * units
+    there = gradient_of(oracle, there.flatten(0, 1)).view_as(units)
     linear = radius.unsqueeze(-1) * bent
-    size = norm.dual_norm(there - g - linear)
+    size = norm.dual_norm(there - g.unsqueeze(1) - linear)
     # x + h itself is rounded, which moves the gradient about as much as H does.
-    stretch = norm.dual_norm(bent) * x.norm()
-    terms = norm.dual_norm(there) + norm.dual_norm(g) + norm.dual_norm(linear) + stretch
-    rounding = 16 * len(x) ** 0.5 * torch.finfo(x.dtype).eps * terms
-    return torch.where(size.isnan(), math.inf, torch.where(size <= rounding, 0.0, size))
+    stretch = norm.dual_norm(bent) * torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    terms = norm.dual_norm(there) + norm.dual_norm(g).unsqueeze(-1) + norm.dual_norm(linear) + stretch
+    rounding = 16 * x.shape[1] ** 0.5 * torch.finfo(x.dtype).eps * terms
+    return torch.where(size.isfinite(), torch.where(size <= rounding, 0.0, size), math.inf)
 
 
 def _law(gamma: tuple[float, ...], grad_norm: tuple[float, ...]) -> tuple[float, float, float]:

@@ -1,4 +1,7 @@
-"""The search for γ, and the loop around it: shared by the optimizer, the solver and what they are compared with."""
+"""The search for γ, and the loop around it: shared by the optimizer, the solver and what they are compared with.
+
+Source: arXiv 2506.13710, Algorithm 1.
+"""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ class GradientNormalizedNewton(torch.optim.Optimizer):
     def _progress(self) -> dict[str, Any]:
         state: dict[str, Any] = self.state[self._params[0]]
         if not state:
-            state.update(gamma=self.param_groups[0]["gamma0"], steps=0, trials=0)
+            state.update(gamma=self.param_groups[0]["gamma0"], steps=0, trials=0, calls_backward=False)
         return state
 
     @torch.no_grad()
@@ -203,9 +203,10 @@ class GradientNormalizedNewton(torch.optim.Optimizer):
                 is not finite.
         """
         group, progress = self.param_groups[0], self._progress()
-        function = ClosureFunction(self._params, closure)
+        function = ClosureFunction(self._params, closure, progress["calls_backward"])
         named = self._hessian in ("exact", "gauss-newton")
         first = function.evaluate(graph=named)
+        progress["calls_backward"] = function.calls_backward
         here = first.point
         loss = first.loss.detach() if isinstance(first.loss, Tensor) else first.loss
         if not (torch.tensor(here.f).isfinite() and here.g.isfinite().all()):
@@ -230,7 +231,11 @@ class GradientNormalizedNewton(torch.optim.Optimizer):
     def _curvature(self, function: ClosureFunction, first: Evaluated) -> Curvature:
         by_products = self.param_groups[0]["solver"] == "cg"
         if callable(self._hessian):
-            return self._hessian(first.point.x)
+            curvature = self._hessian(first.point.x)
+            if curvature is None or isinstance(curvature, (Tensor, RankOne)) or not by_products:
+                return curvature
+            # A product may read the model, which trials move.
+            return function.at_home(curvature)
         if self._hessian == "zero":
             return None
         if self._hessian == "exact":
