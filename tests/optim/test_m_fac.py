@@ -281,6 +281,8 @@ def test_pages_do_not_change_the_result(pages):
     close(paged.diag(), one.diag(), 1e-12)
     close(paged.row(5), one.row(5), 1e-12)
     assert paged.element(2, 31) == pytest.approx(one.element(2, 31), abs=1e-12)
+    (part,) = paged._parts
+    assert [tuple(page.shape) for page in part.pages] == [(1, 12 // pages, D)] * pages
 
 
 def test_vectors_and_denominators_are_those_of_the_recursion():

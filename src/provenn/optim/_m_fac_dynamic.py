@@ -179,7 +179,11 @@ class DynamicInverseFisher:
         self._cached_factor = None
 
     def adopt(self, state_dict: dict[str, Any]) -> None:
-        """Use the tensors of a state as they are, whatever their size: the window of an optimizer that is restored."""
+        """Use the tensors of a state as they are, whatever their size: the window of an optimizer that is restored.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned; not copied.
+        """
         self.grads, self.gram, self._next = state_dict["grads"], state_dict["gram"], state_dict["next"]
         self.damping = float(state_dict["damping"])
         self._cached_factor = None

@@ -74,12 +74,23 @@ class GradualSchedule:
         return (len(self.sparsities) - 1) * self.prune_every
 
     def sparsity_at(self, epoch: int) -> float | None:
-        """Return the sparsity to prune to before an epoch, ``None`` if no step falls there."""
+        """Return the sparsity to prune to before an epoch.
+
+        Args:
+            epoch: Counted from the first step, 0.
+
+        Returns:
+            The sparsity, ``None`` if no step falls there.
+        """
         step, rest = divmod(epoch, self.prune_every)
         return None if rest or step >= len(self.sparsities) else self.sparsities[step]
 
     def lr_at(self, epoch: int) -> float:
-        """Return the learning rate of an epoch."""
+        """Return the learning rate of an epoch.
+
+        Args:
+            epoch: Counted from the first step, 0.
+        """
         if epoch < self.last_step and self.prune_lrs is not None:
             return self.prune_lrs[epoch % self.prune_every]
         if epoch < self.last_step:
