@@ -22,9 +22,9 @@ class _RetainGraph(TorchFunctionMode):
     """Inside, ``Tensor.backward`` keeps the graph, so that it can be differentiated once more."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.backward:  # type: ignore[no-untyped-call]
-            return func(*args, **{**(kwargs or {}), "retain_graph": True})
-        return func(*args) if kwargs is None else func(*args, **kwargs)
+        if func is torch.Tensor.backward:
+            kwargs = {**(kwargs or {}), "retain_graph": True}
+        return func(*args, **(kwargs or {}))
 
 
 class Evaluated(NamedTuple):
