@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from provenn.contracts import BadInput, CompressorCase, FunctionCase, OptimizerCase
 from provenn.optim import MFAC, DynamicInverseFisher, GradualSchedule, MFACPruner, StaticInverseFisher
@@ -283,6 +284,28 @@ def test_pages_do_not_change_the_result(pages):
     assert paged.element(2, 31) == pytest.approx(one.element(2, 31), abs=1e-12)
     (part,) = paged._parts
     assert [tuple(page.shape) for page in part.pages] == [(1, 12 // pages, D)] * pages
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of elements of the largest tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("size", [1, 8, 50, -1])
+def test_no_intermediate_is_larger_than_the_gradients(size):
+    grads = normal(64, 200)
+    with Largest() as largest:
+        fisher = StaticInverseFisher(grads, 0.1, block_size=size)
+        fisher.diag()
+        fisher.mul(grads[0])
+    assert largest.elements == grads.numel()
 
 
 def test_vectors_and_denominators_are_those_of_the_recursion():

@@ -240,8 +240,11 @@ def _eliminate(gradients: Tensor, vectors: Tensor, denominators: Tensor, m: int)
 
 def _subtract(gradients: Tensor, vectors: Tensor, earlier: Tensor, denominators: Tensor) -> None:
     """Take Σⱼ vⱼ (vⱼᵀgᵢ) / dⱼ over earlier rows j from all rows i of ``vectors``, in place."""
-    weights = (gradients @ earlier.transpose(1, 2)) / denominators[:, None]
-    vectors.baddbmm_(weights, earlier, alpha=-1)
+    # Where blocks are smaller than m, the weights of all at once would take more room than the vectors.
+    at_once = max(1, vectors.numel() // (vectors.shape[1] * earlier.shape[1]))
+    pieces = (tensor.split(at_once) for tensor in (gradients, vectors, earlier, denominators))
+    for of, left, taken, divisors in zip(*pieces, strict=True):
+        left.baddbmm_((of @ taken.transpose(1, 2)) / divisors[:, None], taken, alpha=-1)
 
 
 def _check_grads(grads: Tensor) -> None:
