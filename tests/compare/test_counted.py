@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from compare.planted_counted import PROBLEMS, SLOPE, STEPS
 from scipy.optimize import minimize
+from torch import nn
 
 from provenn.claims.workers import Inline
-from provenn.compare.kinds.optim import MARKS, unfit
+from provenn.compare.kinds.optim import MARKS, make, unfit
 from provenn.compare.lookup import find_kind, find_part, find_task, fitting_parts
 from provenn.compare.ranking import rank
 from provenn.compare.reporting import write
 from provenn.compare.running import Comparison, PartResult, run_comparison
-from provenn.compare.tasks import convex_logistic, shakespeare_gpt
+from provenn.compare.tasks import convex_logistic, finetune_mlp, shakespeare_gpt
 
 
 @pytest.fixture(autouse=True)
@@ -76,13 +78,44 @@ def test_both_axes_are_drawn_and_written(tmp_path) -> None:
     assert written["over"].startswith("evaluations of the gradient")
 
 
+def test_a_part_gets_parameters_the_model_or_an_optimizer_by_what_it_takes() -> None:
+    model, seen = nn.Linear(2, 1), []
+
+    def noted(*given) -> torch.optim.Optimizer:
+        seen.append(given)
+        return torch.optim.SGD(model.parameters())
+
+    def plain(params, lr):
+        return noted(list(params), lr)
+
+    def whole(model, lr):
+        return noted(model, lr)
+
+    def named(params, model=None):
+        return noted(list(params), model)
+
+    def wraps(optimizer):
+        return noted(optimizer.param_groups[0]["lr"])
+
+    for part in (plain, whole, named, wraps):
+        make(part, model, {"lr": 0.25})
+    weights = list(model.parameters())
+    assert seen[0][1] == seen[1][1] == seen[3][0] == 0.25
+    assert all(a is b for a, b in zip(seen[0][0], weights, strict=True))
+    assert seen[1][0] is seen[2][1] is model
+
+
 def test_what_does_not_fit_is_told_apart() -> None:
     def whole(model, loss): ...
+    def game(players, lr): ...
+    def network(model, lr=0.1): ...
     def asks(params, horizon, lr): ...
     def open_ended(params, lr=0.1, **more): ...
     def wraps(optimizer, eta=0.3): ...
 
-    assert unfit(SLOPE, whole) == "takes model first, not parameters"
+    assert unfit(SLOPE, whole) == "needs loss"
+    assert unfit(SLOPE, game) == "takes players first, not parameters or a model"
+    assert unfit(SLOPE, network) is None
     assert unfit(SLOPE, asks) == "needs horizon"
     assert unfit(SLOPE, open_ended) is None
     assert unfit(SLOPE, wraps) is None
@@ -131,3 +164,20 @@ def test_the_language_models_of_both_devices_have_their_sizes() -> None:
     assert model(torch.zeros(2, 64, dtype=torch.int64)).shape == (2, 64, 65)
     guess = shakespeare_gpt.nats(model, torch.zeros(3, 64, dtype=torch.int64), torch.ones(3, 64, dtype=torch.int64))
     assert guess == pytest.approx(math.log(65), abs=0.2)
+
+
+def test_fine_tuning_sees_each_steps_batch_again_and_starts_where_pretraining_left(monkeypatch) -> None:
+    monkeypatch.setattr(finetune_mlp, "SIZES", finetune_mlp.SMOKE)
+    problem = finetune_mlp.problem(1, "cpu", True)
+    with torch.no_grad():
+        first, again, second = problem.evaluate(0), problem.evaluate(0), problem.evaluate(1)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    assert problem.spent == pytest.approx(1)
+    before = problem.measure()
+    assert 0.3 < before < 1  # it knows upright digits
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=0.1)
+    for step in range(100):
+        optimizer.step(partial(problem.evaluate, step))
+    assert problem.measure() > before
+    assert finetune_mlp.problem(1, "cpu", False).measure() != before  # another set

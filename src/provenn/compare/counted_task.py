@@ -31,7 +31,8 @@ class Problem(Protocol):
 
 
 class LossProblem:
-    """A network's loss on a batch of each step. A gradient counts 1, a loss without one a third.
+    """A network's loss on a batch of each step. A gradient counts 1, a loss without one a third; what a part computes
+    of the loss' graph besides, a Hessian for one, is not seen here, but its seconds are.
 
     Args:
         model: The network.
@@ -51,13 +52,13 @@ class LossProblem:
         self._loss, self._batch, self._metric = loss, batch, metric
 
     def evaluate(self, step: int) -> Tensor:
-        """Return a step's loss, with the parameters' gradients where gradients are enabled."""
+        """Return a step's loss on its graph, with the parameters' gradients where gradients are enabled."""
         loss = self._loss(self.model, *self._batch(step))
         if torch.is_grad_enabled():
             self.model.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch's own
         self.spent += 1.0 if torch.is_grad_enabled() else LOSS_SHARE
-        return loss.detach()
+        return loss
 
     def measure(self) -> float:
         """Return the headline metric."""

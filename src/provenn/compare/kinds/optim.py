@@ -1,7 +1,8 @@
 """Optimizers: every one trains the task's network from the same weights on the same batches.
 
 A part is ``part(parameters, **settings)``, a class or a function that makes one. One whose first parameter is an
-``optimizer`` wraps SGD with momentum, which then takes the learning rate.
+``optimizer`` wraps SGD with momentum, which then takes the learning rate; one whose first is a ``model`` gets the
+network itself, as does one that takes a ``model`` by name.
 """
 
 from __future__ import annotations
@@ -68,17 +69,19 @@ def _run_counted(setup: CountedSetup, part: Any, settings: Settings) -> Iterator
 
 
 def make(part: Any, model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    """Build an optimizer over a network's parameters, or around one."""
-    if _wraps(part):
-        wrapped = torch.optim.SGD(model.parameters(), momentum=0.9, **accepted(torch.optim.SGD, settings))
-        wrapper: torch.optim.Optimizer = part(wrapped, **accepted(part, settings))
-        return wrapper
-    optimizer: torch.optim.Optimizer = part(model.parameters(), **accepted(part, settings))
+    """Build an optimizer over a network's parameters or the network, or around an optimizer."""
+    takes = inspect.signature(part).parameters
+    first: Any = next(iter(takes), "")
+    options = accepted(part, settings)
+    given: Any = model.parameters()
+    if first == "optimizer":
+        given = torch.optim.SGD(model.parameters(), momentum=0.9, **accepted(torch.optim.SGD, settings))
+    elif first == "model":
+        given = model
+    elif "model" in takes:
+        options["model"] = model
+    optimizer: torch.optim.Optimizer = part(given, **options)
     return optimizer
-
-
-def _wraps(part: Any) -> bool:
-    return next(iter(inspect.signature(part).parameters), "") == "optimizer"
 
 
 def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
@@ -107,10 +110,10 @@ def _closure_step(setup: Setup, model: nn.Module, optimizer: torch.optim.Optimiz
 def unfit(task: AnyTask, part: Any) -> str | None:
     """Say why a part cannot run on a task: it asks for more than parameters and what the task tunes."""
     first, *others = inspect.signature(part).parameters.values()
-    if first.name not in ("params", "parameters", "optimizer"):
-        return f"takes {first.name} first, not parameters"
+    if first.name not in ("params", "parameters", "optimizer", "model"):
+        return f"takes {first.name} first, not parameters or a model"
     asked = [one.name for one in others if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
-    lacking = [name for name in asked if name not in task.kinds["optim"]]
+    lacking = [name for name in asked if name not in {*task.kinds["optim"], "model"}]
     return f"needs {', '.join(lacking)}" if lacking else None
 
 
