@@ -828,6 +828,17 @@ def test_a_users_solver_is_used_and_counted():
     assert method.solve(tol=1e-8).converged
 
 
+def test_accuracy_rises_no_further_than_the_test_asks():
+    """With η = ½ the bound ends below ‖z‖/2, and one factor τ earlier it was above."""
+    problem = small_quadratic(noise=1.0)
+    method = MAID.for_problem(problem, eps0=10.0, delta0=10.0, eta=0.5, tau=0.8)
+    direction, _, omega = method._descent_direction()
+    assert omega <= 0.5 * direction.norm
+    looser = MAID.for_problem(problem, eps0=method.epsilon / 0.8, delta0=method.delta / 0.8, adaptive=False)
+    direction, _, omega = looser._descent_direction()
+    assert omega > 0.5 * direction.norm
+
+
 def test_fixed_accuracy_keeps_it_and_skips_the_test():
     problem = small_quadratic(noise=1.0)
     method = MAID.for_problem(problem, eps0=0.5, delta0=0.5, adaptive=False)
