@@ -96,20 +96,20 @@ BLOCK, SPARSE_20, SPARSE_80, HYBRID = "block-wise", "sparsity 0.2", "sparsity 0.
 ZO_FRESH, FO_FRESH = "ZO-SGD, fresh head", "FO-SGD, fresh head"
 
 ARMS = {
-    ZO: Arm(_zeroth_order, 2, _rates(1e-4)),
-    SIGN: Arm(partial(_zeroth_order, rule="sign"), 2, _rates(1e-5)),
-    MOMENTUM: Arm(partial(_zeroth_order, rule="momentum"), 2, _rates(1e-5)),
-    CONSERVATIVE: Arm(partial(_zeroth_order, rule="conservative"), 5, _rates(1e-4)),
-    ADAM: Arm(partial(_zeroth_order, rule="adam"), 2, _rates(1e-5)),
-    FORWARD: Arm(lambda model, lr, draws: ForwardGradient(model, lr=lr, generator=draws), 2, _rates(1e-4)),
-    BLOCK: Arm(_block_wise, 6, _rates(1e-4)),
-    SPARSE_20: Arm(partial(_zeroth_order, sparsity=0.2), 2, _rates(1e-4)),
-    SPARSE_80: Arm(partial(_zeroth_order, sparsity=0.8), 2, _rates(1e-4)),
-    HYBRID: Arm(_hybrid, 3, _rates(1e-4)),
-    FO: Arm(lambda model, lr, draws: BackPropagation(model.parameters(), lr), 3, _rates(3e-3)),
+    ZO: Arm(_zeroth_order, 2, _rates(3e-5)),
+    SIGN: Arm(partial(_zeroth_order, rule="sign"), 2, _rates(1e-4)),
+    MOMENTUM: Arm(partial(_zeroth_order, rule="momentum"), 2, _rates(3e-6)),
+    CONSERVATIVE: Arm(partial(_zeroth_order, rule="conservative"), 5, _rates(3e-5)),
+    ADAM: Arm(partial(_zeroth_order, rule="adam"), 2, _rates(1e-4)),
+    FORWARD: Arm(lambda model, lr, draws: ForwardGradient(model, lr=lr, generator=draws), 2, _rates(3e-5)),
+    BLOCK: Arm(_block_wise, 6, _rates(3e-5)),
+    SPARSE_20: Arm(partial(_zeroth_order, sparsity=0.2), 2, _rates(3e-5)),
+    SPARSE_80: Arm(partial(_zeroth_order, sparsity=0.8), 2, _rates(3e-5)),
+    HYBRID: Arm(_hybrid, 3, _rates(3e-5)),
+    FO: Arm(lambda model, lr, draws: BackPropagation(model.parameters(), lr), 3, _rates(1e-2)),
     NONE: Arm(None, 1, (0.0,) * 5),
-    ZO_FRESH: Arm(_zeroth_order, 2, _rates(1e-4), fresh_head=True),
-    FO_FRESH: Arm(lambda model, lr, draws: BackPropagation(model.parameters(), lr), 3, _rates(3e-3), fresh_head=True),
+    ZO_FRESH: Arm(_zeroth_order, 2, _rates(3e-5), fresh_head=True),
+    FO_FRESH: Arm(lambda model, lr, draws: BackPropagation(model.parameters(), lr), 3, _rates(1e-2), fresh_head=True),
 }
 FINE_TUNED = tuple(name for name, arm in ARMS.items() if not arm.fresh_head)
 ZEROTH_ORDER = (ZO, SIGN, MOMENTUM, CONSERVATIVE, ADAM, BLOCK, SPARSE_20, SPARSE_80, HYBRID)
