@@ -201,9 +201,9 @@ WATCHED = {
     **OPTIMIZER,
     "excluded": {
         **OPTIMIZER["excluded"],
-        "memory": "of the small objects that a step makes, torch and Python keep some in pools that grow by jumps, ever "
-        "more rarely, at more than 16 bytes a step at first; a test of its own finds the number of tensors and the "
-        "state's size constant",
+        "memory": "of the small objects that a step makes, torch and Python pool some, and the pools grow by jumps, "
+        "ever more rarely, at more than 16 bytes a step at first; a test of its own finds the number of tensors and "
+        "the state's size constant",
     },
 }
 

@@ -130,9 +130,9 @@ class LogSumExp(Oracle):
         return self.mu * exponents.logsumexp(0), exponents.softmax(0) @ self.A
 
     def hessian(self, x: Float[Tensor, " n"]) -> Float[Tensor, "n n"]:
-        """Return (AᵀDiag(π)A − ∇f∇fᵀ)/μ."""
-        g = self.gradient(x)
-        return self.approximation(x) - torch.outer(g, g) / self.mu
+        """Return (AᵀDiag(π)A − ∇f∇fᵀ)/μ, as the covariance that it is: nothing cancels where π is nearly one row."""
+        pi = self._exponents(x).softmax(0)
+        return _weighted_gram(self.A - pi @ self.A, pi) / self.mu
 
     def approximation(self, x: Float[Tensor, " n"]) -> Float[Tensor, "n n"]:
         """Return the weighted Gauss–Newton matrix AᵀDiag(π)A/μ."""
