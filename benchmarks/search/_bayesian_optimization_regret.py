@@ -1,11 +1,15 @@
 """Whole searches beside BoTorch's: ``python -m benchmarks.search._bayesian_optimization_regret RESULTS.jsonl``.
 
-``bayesian_optimization_regret.jsonl`` beside this file holds the searches that were run so far.
+``bayesian_optimization_regret.jsonl`` beside this file holds the searches; the benchmark of the paper reads it.
 
 Noisy EI, discrete KG and predictive-entropy search against qLogNoisyExpectedImprovement, qKnowledgeGradient and
 qMaxValueEntropy, on Branin and Hartmann-6 with noise 0.3, 20 seeds. Both sides know the noise's variance, share the
 first 2 (d + 1) points and the noise of the n-th evaluation, and answer with the evaluated point of the largest
 posterior mean of their own model. Every search is a line of the file; the same command goes on where it was stopped.
+
+Five of the six pairs are no worse than BoTorch. Predictive-entropy search is behind max-value entropy search on Branin
+(+0.32 [0.04, 0.62] in log₁₀ regret) and ahead of it on Hartmann-6: Branin has three equal maxima, and a rule that asks
+where the maximum is spends evaluations on telling them apart, which a rule that asks how high it is does not.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from gpytorch.mlls import ExactMarginalLogLikelihood
 from torch import Tensor
 
 from provenn.core.experiment.seeding import derive_seed, generator, seeded
-from provenn.core.experiment.statistics import paired_difference
+from provenn.core.experiment.statistics import Interval, paired_difference
 from provenn.core.numerics.objectives import Objective, branin, hartmann
 from provenn.search import BayesianOptimizer
 
@@ -35,23 +39,38 @@ FUNCTIONS = {"Branin": (branin, 25), "Hartmann-6": (hartmann, 30)}
 RIVALS = {"noisy_ei": "qLogNoisyEI", "kg": "qKnowledgeGradient", "pes": "qMaxValueEntropy"}
 
 
+RESULTS = Path(__file__).with_name("bayesian_optimization_regret.jsonl")
+
+
 def main(path: Path) -> None:
     """Run what the file lacks, then print every pair's difference of log₁₀ regrets with its interval."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    done = {(r["function"], r["rule"], r["seed"]): r["log10 regret"] for r in map(json.loads, lines)}
+    done = _read(path)
     for seed in range(SEEDS):
         for function, (make, evaluations) in FUNCTIONS.items():
             for rule in (name for pair in RIVALS.items() for name in pair):
                 if (function, rule, seed) not in done:
                     regret = search(make(), rule, evaluations, seed)
-                    done[function, rule, seed] = regret
                     row = {"function": function, "rule": rule, "seed": seed, "log10 regret": regret}
                     with path.open("a") as file:
                         file.write(json.dumps(row) + "\n")
+    for pair, interval in differences(path).items():
+        print(f"{pair}: {interval}")
+
+
+def differences(path: Path = RESULTS) -> dict[str, Interval]:
+    """Return our log₁₀ regret minus BoTorch's for every function and pair of rules, over the seeds."""
+    done = _read(path)
+    found = {}
     for function in FUNCTIONS:
         for ours, theirs in RIVALS.items():
             mine, other = ([done[function, rule, seed] for seed in range(SEEDS)] for rule in (ours, theirs))
-            print(f"{function}: {ours} − {theirs}: {paired_difference(mine, other)}")
+            found[f"{function}: {ours} − {theirs}"] = paired_difference(mine, other)
+    return found
+
+
+def _read(path: Path) -> dict[tuple[str, str, int], float]:
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {(row["function"], row["rule"], row["seed"]): row["log10 regret"] for row in map(json.loads, lines)}
 
 
 def search(objective: Objective, rule: str, evaluations: int, seed: int) -> float:
