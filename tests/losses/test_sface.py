@@ -571,6 +571,19 @@ def test_aligned_vectors_stay_finite(cls, sign, other):
     assert loss.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("cls", HEADS)
+def test_cosines_that_round_above_one_stay_finite(cls):
+    """Without a clamp arccos gives NaN here, in float32 as in the authors' code."""
+    torch.manual_seed(0)
+    loss = cls(7, 200)
+    x = loss.weight.detach().clone().requires_grad_()
+    assert loss.cosine(x).max() > 1
+    value = loss(x, torch.arange(200))
+    value.backward()
+    assert value.isfinite()
+    assert x.grad.isfinite().all()
+
+
 def softmax_oracle(cosine, y, s, own):
     logits = s * cosine.copy()
     rows = np.arange(len(y))
