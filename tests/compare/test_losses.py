@@ -12,6 +12,7 @@ from provenn.claims.workers import Inline
 from provenn.compare.kinds.losses import build, unfit
 from provenn.compare.lookup import find_kind, find_task, fitting_parts
 from provenn.compare.running import Comparison, PartResult, run_comparison
+from provenn.compare.tasks import small_face_verification
 from provenn.compare.tasks.imbalanced_tabular import BalancedCrossEntropy, SquaredError, learnings
 
 
@@ -87,3 +88,27 @@ class Constant(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.full((len(x),), self.value)
+
+
+def test_faces_to_verify_are_of_people_that_were_not_trained_on() -> None:
+    task = find_task("small-face-verification")
+    tuned, judged, other = (
+        small_face_verification.learnings(seed, "cpu", tuning, data="simulated")[0]
+        for seed, tuning in ((1, True), (1, False), (2, False))
+    )
+    assert tuned.offers == {"in_features": 64, "num_classes": 22}
+    assert judged.offers == {"in_features": 64, "num_classes": 28}
+    x, y = next(iter(judged.batches(0)))
+    assert x.shape == (28, 1, 28, 23)
+    assert not torch.equal(x, next(iter(judged.batches(1)))[0])
+    assert sorted(set(torch.cat([y for _, y in judged.batches(0)]).tolist())) == list(range(28))
+    assert not torch.equal(x, next(iter(other.batches(0)))[0])
+    assert 0 <= judged.score(judged.model) <= 1
+    assert judged.score(judged.model) != tuned.score(judged.model)  # other people
+    assert unfit(task, nn.CrossEntropyLoss) == "takes no in_features, num_classes"
+    softmax = build(task.references["softmax"], judged, {"lr": 0.1})
+    weight, bias = softmax.classifier.weight, softmax.classifier.bias
+    e = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    scores = e @ weight.T + bias
+    expected = (scores.logsumexp(1) - scores[torch.arange(5), y[:5]]).mean()
+    torch.testing.assert_close(softmax(e, y[:5]), expected)
