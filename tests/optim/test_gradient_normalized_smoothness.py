@@ -262,7 +262,13 @@ CASES = [
         AdaptiveGradient,
         (BadInput("L0", lambda: AdaptiveGradient(L0=0.0)), BadInput("L_min", lambda: AdaptiveGradient(L_min=0.0))),
     ),
-    method_case(AcceleratedGradient, (BadInput("L0", lambda: AcceleratedGradient(L0=0.0)),)),
+    method_case(
+        AcceleratedGradient,
+        (
+            BadInput("L0", lambda: AcceleratedGradient(L0=0.0)),
+            BadInput("L_min", lambda: AcceleratedGradient(L_min=0.0)),
+        ),
+    ),
     ProbeCase(
         part="provenn.optim.estimate_gns",
         run=lambda model, data: estimate_gns(bowl(2.0), data, "zero", directions=8),
@@ -761,11 +767,13 @@ def test_gradient_methods_search_for_the_constant():
     v = []
     run = AcceleratedGradient(L0=5.0).minimize(bowl(5.0), first, max_iter=1, callback=lambda x, line: v.append(x))
     torch.testing.assert_close(v[1], torch.zeros(2).double(), atol=1e-12, rtol=0)
-    assert run.history[1].scale == 5.0
+    assert run.history[1].scale == 2.5
+    run = AcceleratedGradient(L0=5.0, L_min=4.0).minimize(bowl(5.0), first, max_iter=1)
+    assert run.history[1].scale == 4.0
 
 
 def test_accelerated_gradient_keeps_nesterovs_bound():
-    # f(x_k) − f* ≤ 2 L ‖x₀ − x*‖²/k² for a constant L, which plain descent misses on this bowl by far.
+    # f(x_k) − f* ≤ 2 L ‖x₀ − x*‖²/k² for L at most 1, as the search finds; plain descent misses that by far.
     curvatures = torch.logspace(-4, 0, 30, dtype=torch.float64)
     oracle, x0 = bowl(curvatures.diag()), torch.ones(30).double()
     fast = AcceleratedGradient(L0=1.0).minimize(oracle, x0, max_iter=100, grad_tol=None)

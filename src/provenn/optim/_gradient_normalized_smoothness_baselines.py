@@ -221,10 +221,11 @@ class _Momentum(NamedTuple):
 
 
 class AcceleratedGradient(_Adaptive):
-    """Nesterov's fast gradient method, with L found by a search on the quadratic upper bound; L never falls.
+    """Nesterov's fast gradient method, with L found by a search on the quadratic upper bound.
 
     Args:
         L0: L to begin with.
+        L_min: Least L to go on with.
         metric: B (n, n), symmetric positive definite; ``None``: the identity.
         max_trials: Trials an iteration.
 
@@ -232,7 +233,8 @@ class AcceleratedGradient(_Adaptive):
         Points (n,).
 
     Raises:
-        ValueError: ``L0`` ≤ 0, ``max_trials`` < 1, or the metric is not positive definite; in ``minimize`` as there.
+        ValueError: ``L0`` ≤ 0, ``L_min`` ≤ 0, ``max_trials`` < 1, or the metric is not positive definite; in
+            ``minimize`` as there.
 
     Returns:
         ``minimize`` returns a :class:`SolveResult`.
@@ -243,9 +245,16 @@ class AcceleratedGradient(_Adaptive):
     experiments.
     """
 
-    def __init__(self, L0: float = 1.0, metric: Float[Tensor, "n n"] | None = None, max_trials: int = 30) -> None:
+    def __init__(
+        self,
+        L0: float = 1.0,
+        L_min: float = 1e-5,
+        metric: Float[Tensor, "n n"] | None = None,
+        max_trials: int = 30,
+    ) -> None:
         check_number("L0", L0, above=0)
-        super().__init__(L0, L0, metric, max_trials)
+        check_number("L_min", L_min, above=0)
+        super().__init__(L0, L_min, metric, max_trials)
 
     def _begin(self, start: Point) -> _Momentum:  # type: ignore[override]
         return _Momentum(start.x, 0.0, self._first)
@@ -262,6 +271,6 @@ class AcceleratedGradient(_Adaptive):
             there = oracle.evaluate(between.x - direction / L)
             if there.f <= between.f - between.g.dot(direction).item() / (2 * L):
                 v = there.x + weight / share * (there.x - here.x)
-                return Outcome(there, _Momentum(v, weight + share, L), trial, True)
+                return Outcome(there, _Momentum(v, weight + share, max(L / 2, self._least)), trial, True)
             L *= 2
         return Outcome(here, _Momentum(state.v, weight, L), self.max_trials, False)
