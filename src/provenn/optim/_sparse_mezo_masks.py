@@ -43,6 +43,8 @@ class MaskShare:
         at_start: Share of entries in the mask at construction.
         now: The same for the weights as they are.
         ties: Entries in the mask at the start beyond the count asked for, which equal the threshold.
+
+    Source: arXiv 2402.15751.
     """
 
     name: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from provenn import data
 from provenn.core.experiment.networks import mlp
 from provenn.core.experiment.seeding import generator, seeded
-from provenn.core.experiment.training import minibatches, train
+from provenn.core.experiment.training import accuracy, minibatches, train
 
 Pair = tuple[Tensor, Tensor]
 
@@ -161,3 +161,43 @@ def _pretrained(sizes: Sizes, seed: int, upright: Pair) -> dict[str, Tensor]:
 def cross_entropy(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
     """Return the mean cross-entropy of a batch."""
     return nn.functional.cross_entropy(model(x), y)
+
+
+def fine_tune(
+    task: FineTuning,
+    model: nn.Module,
+    step: Callable[[Tensor, Tensor], object],
+    batches: Iterator[tuple[Tensor, ...]],
+    checks: Iterable[int],
+) -> Iterator[tuple[int, float]]:
+    """Fine-tune a network, and leave the weights that validated best in it.
+
+    Args:
+        task: The task.
+        model: Its network; changed in place.
+        step: Takes one step on a batch.
+        batches: What the steps are taken on.
+        checks: Numbers of steps after which to validate, ascending.
+
+    Yields:
+        Steps taken and validation accuracy, from 0 steps on; fewer where the losses stop being finite.
+    """
+    best, kept, done = accuracy(model, *task.validation), _copy(model), 0
+    yield 0, best
+    try:
+        for until in checks:
+            for x, y in islice(batches, until - done):
+                step(x, y)
+            done = until
+            found = accuracy(model, *task.validation)
+            if found > best:
+                best, kept = found, _copy(model)
+            yield done, found
+    except RuntimeError as error:
+        if "in a row" not in str(error):
+            raise  # ten bad losses end a run; the best weights before them count
+    model.load_state_dict(kept)
+
+
+def _copy(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
