@@ -124,8 +124,9 @@ class GradientNormalizedNewton(torch.optim.Optimizer):
     rejections a step warns with scikit-learn's ``ConvergenceWarning`` and leaves the parameters as they were; γ stays
     at what it was halved to, but for ``gamma_min``.
 
-    Cost: a step evaluates the closure once, and once more for each trial, two on average. Exact H: n backward passes in
-    batches of 256, n² numbers, and O(n³) a trial; by conjugate gradients a backward pass for each product.
+    Cost: a step evaluates the closure once, and once more for each trial, two on average; the first step once or twice
+    more. Exact H: n backward passes in batches of 256, n² numbers, and O(n³) a trial; by conjugate gradients a backward
+    pass for each product.
 
     Source: the paper's Algorithm 1; constants as in the authors' code.
     """
