@@ -8,8 +8,8 @@ first 2 (d + 1) points and the noise of the n-th evaluation, and answer with the
 posterior mean of their own model. Every search is a line of the file; the same command goes on where it was stopped.
 
 Five of the six pairs are no worse than BoTorch. Predictive-entropy search is behind max-value entropy search on Branin
-(+0.32 [0.04, 0.62] in log₁₀ regret) and ahead of it on Hartmann-6. The likely reason: Branin has three equal maxima, and
-a rule that asks where the maximum is spends evaluations on telling them apart; one that asks how high it is does not.
+(+0.32 [0.04, 0.62] in log₁₀ regret) and ahead of it on Hartmann-6. Branin has three equal maxima, which is the likely
+reason: a rule that asks where the maximum is tells them apart; one that asks how high it is need not.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from provenn.compare.lookup import find_kind, find_part, find_task, fitting_part
 from provenn.compare.ranking import rank
 from provenn.compare.reporting import write
 from provenn.compare.running import Comparison, PartResult, run_comparison
-from provenn.compare.tasks import convex_logistic, finetune_mlp, shakespeare_gpt
+from provenn.compare.tasks import bilevel_tv, convex_logistic, finetune_mlp, shakespeare_gpt
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +181,39 @@ def test_fine_tuning_sees_each_steps_batch_again_and_starts_where_pretraining_le
         optimizer.step(partial(problem.evaluate, step))
     assert problem.measure() > before
     assert finetune_mlp.problem(1, "cpu", False).measure() != before  # another set
+
+
+def test_hypergradients_of_denoising_are_slopes_of_the_measured_loss(monkeypatch) -> None:
+    monkeypatch.setattr(bilevel_tv, "TOLERANCE", 1e-7)
+    monkeypatch.setattr(bilevel_tv, "SIDE", 12)
+    problem = bilevel_tv.problem(1, "cpu", False)
+    with torch.no_grad():
+        problem.evaluate(0)
+    losses_alone = problem.spent
+    assert losses_alone > 0
+    value = problem.evaluate(0)
+    assert problem.spent > losses_alone
+    theta = problem.model.theta
+    assert problem.measure() == pytest.approx(value.item(), rel=1e-4)
+    slopes = theta.grad.clone()
+    for index in range(2):
+        sides = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                theta[index] += sign * 1e-2
+            sides.append(problem.measure())
+            with torch.no_grad():
+                theta[index] -= sign * 1e-2
+        assert slopes[index].item() == pytest.approx((sides[0] - sides[1]) / 2e-2, rel=0.02, abs=1e-4)
+
+
+def test_bilevel_methods_count_their_own_iterations_and_move_theta() -> None:
+    for make_method in (bilevel_tv.maid, bilevel_tv.hoag):
+        problem = bilevel_tv.problem(1, "cpu", False)
+        start, before = problem.model.theta.detach().clone(), problem.measure()
+        method = make_method(problem.model, lr=0.1)
+        for _ in range(4):
+            method.step()
+        assert problem.spent > 4
+        assert not torch.equal(problem.model.theta, start)
+        assert problem.measure() < before
