@@ -8,7 +8,7 @@ import pytest
 import scipy
 import torch
 
-from provenn.core.numerics.transport import sinkhorn
+from provenn.core.numerics.transport import sinkhorn, symmetric_sinkhorn
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -161,7 +161,71 @@ def test_bad_input_is_named() -> None:
         ((C,), {"tol": 0.0}, "tol must be"),
         ((C,), {"max_iter": 0}, "max_iter must be"),
         ((C,), {"scaling": 1.5}, "scaling must be"),
+        ((C,), {"relaxation": 2.0}, "relaxation must be"),
+        ((C,), {"relaxation": 0.0}, "relaxation must be"),
     ]
     for arguments, options, words in cases:
         with pytest.raises(ValueError, match=words):
             sinkhorn(*arguments, **{"epsilon": 0.1, **options})
+
+
+def test_relaxation_changes_the_way_and_not_the_solution_and_saves_iterations() -> None:
+    C, a, b = draw(30, 20, seed=4), weights(30, 1), weights(20, 2)
+    plain = sinkhorn(C, a, b, epsilon=0.02, tol=1e-9, max_iter=10_000)
+    relaxed = sinkhorn(C, a, b, epsilon=0.02, tol=1e-9, max_iter=10_000, relaxation=1.6)
+    assert relaxed.converged
+    assert relaxed.iterations < 0.6 * plain.iterations
+    torch.testing.assert_close(plain.value, relaxed.value, rtol=0, atol=1e-8)
+    torch.testing.assert_close(plain.plan, relaxed.plan, rtol=0, atol=2e-6)  # the error 1e-9, over a rate near 1
+    early = sinkhorn(C, a, b, epsilon=0.02, tol=0.05, relaxation=1.6)
+    torch.testing.assert_close(early.plan.sum(0), b)  # the columns are met at any end
+
+
+def test_the_symmetric_iteration_solves_the_same_problem_in_fewer_steps() -> None:
+    points = draw(40, 3, seed=5)
+    C, a = torch.cdist(points, points).square(), weights(40, 6)
+    plain = sinkhorn(C, a, a, epsilon=0.02, tol=1e-11, max_iter=20_000)
+    one = symmetric_sinkhorn(C, a, epsilon=0.02, tol=1e-11)
+    assert one.converged
+    assert one.iterations < 0.5 * plain.iterations
+    torch.testing.assert_close(one.plan.sum(1), a, rtol=0, atol=1e-11)
+    torch.testing.assert_close(one.plan, one.plan.T)
+    torch.testing.assert_close(one.value, plain.value, rtol=0, atol=1e-9)
+    torch.testing.assert_close(one.f, plain.f, rtol=0, atol=1e-6)
+    assert symmetric_sinkhorn(C, a, epsilon=0.02, tol=0.1).iterations < one.iterations
+
+
+def test_the_symmetric_iterations_gradients() -> None:
+    points, w = draw(5, 2, seed=7).requires_grad_(), draw(5, 5, seed=8)
+
+    def both(solve):
+        C = (points[:, None] - points).square().sum(2)
+        one = solve(C)
+        return torch.autograd.grad(one.value + (w * one.plan).sum(), points)[0]
+
+    wanted = both(lambda C: sinkhorn(C, epsilon=0.2, tol=1e-13))
+    torch.testing.assert_close(both(lambda C: symmetric_sinkhorn(C, epsilon=0.2, tol=1e-13)), wanted)
+
+
+def test_bad_input_of_the_symmetric_iteration() -> None:
+    for C, options, words in (
+        (draw(3, 2), {}, "C must be symmetric"),
+        (draw(3, 3), {}, "C must be symmetric"),
+        (torch.full((2, 2), math.nan), {}, "C must be finite"),
+        (torch.zeros(2, 2), {"epsilon": -1.0}, "epsilon must be"),
+        (torch.zeros(2, 2), {"tol": 0.0}, "tol must be"),
+        (torch.zeros(2, 2), {"max_iter": 0}, "max_iter must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            symmetric_sinkhorn(C, **{"epsilon": 0.1, **options})
+    with pytest.warns(RuntimeWarning, match="marginals are off by"):
+        symmetric_sinkhorn(draw(4, 4, seed=1) + draw(4, 4, seed=1).T, epsilon=0.01, tol=1e-9, max_iter=2)
+
+
+def test_the_values_error_falls_with_the_square_of_the_marginals() -> None:
+    C = draw(30, 30, seed=4)
+    exact = sinkhorn(C, epsilon=0.03, tol=1e-12, max_iter=20_000).value
+    for tol in (1e-1, 1e-2, 1e-3):
+        one = sinkhorn(C, epsilon=0.03, tol=tol)
+        off = (exact - one.value).item()
+        assert 0 <= off <= 0.5 * one.error**2  # a dual value lies below the optimum

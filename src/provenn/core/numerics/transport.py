@@ -47,6 +47,7 @@ def sinkhorn(
     tol: float = 1e-3,
     max_iter: int = 2000,
     scaling: float = 1.0,
+    relaxation: float = 1.0,
 ) -> Transport:
     """Solve entropic optimal transport, differentiably.
 
@@ -63,6 +64,8 @@ def sinkhorn(
         max_iter: Most iterations.
         scaling: Factor < 1 by which ε falls to its value from the range of C in the first iterations; 1: no scaling.
             It saves iterations where ε is small beside C.
+        relaxation: Factor ω in (0, 2) on every change of a potential. Near the solution ω > 1 takes fewer iterations,
+            the more so the smaller ε; far from it the iteration may fail to converge.
 
     Shape:
         C (n, m), a (n,), b (m,). The potentials' free constant is set so that ⟨a, f⟩ = ⟨b, g⟩.
@@ -79,23 +82,90 @@ def sinkhorn(
 
     Cost: O(n m) time an iteration and O(n m) memory; gradients by potentials or plan O((n + m)³), a dense solve.
 
-    Source: Cuturi, NeurIPS 2013; Peyré and Cuturi, "Computational Optimal Transport" (2019), sections 4.4 and 9.1.
+    Source: Cuturi, NeurIPS 2013; Peyré and Cuturi, "Computational Optimal Transport" (2019), sections 4.4 and 9.1;
+    relaxation: Thibault et al., Algorithms 14 (2021).
     """
     check_number("epsilon", epsilon, above=0)
     check_number("tol", tol, above=0)
     check_integer("max_iter", max_iter, at_least=1)
     check_number("scaling", scaling, above=0, at_most=1)
+    check_number("relaxation", relaxation, above=0, below=2)
+    _check_costs(C)
+    a, b = (_weights(name, one, C, size) for name, one, size in (("a", a, C.shape[0]), ("b", b, C.shape[1])))
+    f, g, error, iterations = _iterate(C.detach(), a.detach(), b.detach(), epsilon, tol, max_iter, scaling, relaxation)
+    return _solution(C, a, b, f, g, epsilon, tol, error, iterations)
+
+
+def symmetric_sinkhorn(
+    C: Float[Tensor, "n n"],
+    a: Float[Tensor, " n"] | None = None,
+    *,
+    epsilon: float,
+    tol: float = 1e-3,
+    max_iter: int = 2000,
+) -> Transport:
+    """Solve entropic optimal transport of a measure to itself by averaged updates of one potential, f = g.
+
+    The averaged iteration takes a handful of steps where :func:`sinkhorn` takes tens.
+
+    Args:
+        C: Costs, symmetric.
+        a: Weights of rows and columns, as in :func:`sinkhorn`.
+        epsilon: As in :func:`sinkhorn`.
+        tol: As in :func:`sinkhorn`.
+        max_iter: As in :func:`sinkhorn`.
+
+    Shape:
+        C (n, n), a (n,).
+
+    Returns:
+        The solution, with the gradients of :func:`sinkhorn`'s.
+
+    Raises:
+        ValueError: As :func:`sinkhorn`; or C is not symmetric.
+
+    Warns:
+        RuntimeWarning: The marginals were not met within ``max_iter``; the message has the error.
+
+    Cost: O(n²) time an iteration and O(n²) memory.
+
+    Source: Feydy et al., AISTATS 2019, equation 25.
+    """
+    check_number("epsilon", epsilon, above=0)
+    check_number("tol", tol, above=0)
+    check_integer("max_iter", max_iter, at_least=1)
+    _check_costs(C)
+    off = math.inf if C.shape[0] != C.shape[1] else (C - C.T).abs().max().item()
+    if off > 1e-4 * C.abs().max().item():
+        raise ValueError(f"C must be symmetric, got shape {tuple(C.shape)} with C − Cᵀ up to {off:.2g}")
+    a = _weights("a", a, C, C.shape[0])
+    costs, log_a, f = C.detach(), a.detach().log(), torch.zeros_like(a)
+    iterations = 0
+    while True:
+        iterations += 1
+        full = _update(costs, f, log_a, epsilon)
+        # exp(f / ε) over exp(full / ε) is the row's sum over its weight, so the check costs nothing.
+        error = (a.detach() * torch.expm1((f - full) / epsilon)).abs().sum().item()
+        if error <= tol or iterations == max_iter:
+            return _solution(C, a, a, f, f.clone(), epsilon, tol, error, iterations)
+        f = (f + full) / 2
+
+
+def _check_costs(C: Tensor) -> None:
     if C.dim() != 2 or 0 in C.shape:
         raise ValueError(f"C must be a matrix with rows and columns, got shape {tuple(C.shape)}")
     if not C.isfinite().all():
         raise ValueError("C must be finite, got NaN or infinite costs")
-    a, b = (_weights(name, one, C, size) for name, one, size in (("a", a, C.shape[0]), ("b", b, C.shape[1])))
-    f, g, error, iterations = _iterate(C.detach(), a.detach(), b.detach(), epsilon, tol, max_iter, scaling)
+
+
+def _solution(
+    C: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: float, tol: float, error: float, iterations: int
+) -> Transport:
     if error > tol:
         warnings.warn(
             f"Sinkhorn's marginals are off by {error:.2g} > {tol:g} after {iterations} iterations",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     f, g = _Potentials.apply(C, a, b, f, g, epsilon)  # type: ignore[no-untyped-call]
     value = _Value.apply(C, a, b, f.detach(), g.detach(), epsilon)  # type: ignore[no-untyped-call]
@@ -115,23 +185,23 @@ def _weights(name: str, weights: Tensor | None, C: Tensor, size: int) -> Tensor:
 
 
 def _iterate(
-    C: Tensor, a: Tensor, b: Tensor, epsilon: float, tol: float, max_iter: int, scaling: float
+    C: Tensor, a: Tensor, b: Tensor, epsilon: float, tol: float, max_iter: int, scaling: float, relaxation: float
 ) -> tuple[Tensor, Tensor, float, int]:
     log_a, log_b = a.log(), b.log()
     f, g = torch.zeros_like(a), torch.zeros_like(b)
     current = max(epsilon, (C.max() - C.min()).item()) if scaling < 1 else epsilon
     error = math.inf
     for iteration in range(1, max_iter + 1):
-        f = _update(C, g, log_a, current)
-        g = _update(C.T, f, log_b, current)
-        if current > epsilon:
-            current = max(epsilon, current * scaling)
-        elif iteration % _CHECK_EVERY == 0 or iteration < _CHECK_EVERY:
+        at_target = current == epsilon
+        look = iteration == max_iter or (at_target and (iteration % _CHECK_EVERY == 0 or iteration < _CHECK_EVERY))
+        f = torch.lerp(f, _update(C, g, log_a, current), relaxation)
+        # Before a look at the rows, the columns are met exactly, whatever the relaxation.
+        g = torch.lerp(g, _update(C.T, f, log_b, current), 1.0 if look else relaxation)
+        if look:
             error = _row_error(C, f, g, a, epsilon)
             if error <= tol:
                 break
-    else:
-        error = _row_error(C, f, g, a, epsilon)
+        current = max(epsilon, current * scaling)
     shift = (a.dot(f) - b.dot(g)) / 2
     return f - shift, g + shift, error, iteration
 
@@ -155,7 +225,8 @@ class _Value(torch.autograd.Function):
     def forward(ctx: Any, C: Tensor, a: Tensor, b: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Tensor:
         plan = _plan(C, f, g, epsilon)
         ctx.save_for_backward(plan, f, g)
-        return (plan * (f[:, None] + g)).sum()  # since ε log P = f + g − C
+        # The dual's value: equal to the plan's at the solution, and off by a square where the plan's is off linearly.
+        return a.dot(f) + b.dot(g) + epsilon * (1 - plan.sum())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
