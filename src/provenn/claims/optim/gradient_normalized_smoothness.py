@@ -265,8 +265,8 @@ CLAIM = Claim(
         "The approximation for logistic regression is the empirical Fisher matrix: the Gauss–Newton matrix of its loss "
         "is the Hessian. Which of the two the paper means could not be checked. There is an intercept, and the ridge "
         "of 1e-3 acts on it too. The minimum is SciPy's trust-exact.",
-        "The data are one draw, the 5 seeds are starts of norm 3. A run that misses the gap counts with the cap. On the "
-        "Chebyshev function, of 50 variables, all arms do: they end in its valley where the gradient is rounding.",
+        "The data are one draw, the 5 seeds are starts of norm 3. A run that misses the gap counts with the cap. On "
+        "the Chebyshev function, of 50 variables, all arms do: they end in its valley, where the gradient is rounding.",
         "Systems counts linear systems solved, which are Cholesky factorisations but for the Fisher term and zero; the "
         "cubic method solves several a trial.",
     ),
