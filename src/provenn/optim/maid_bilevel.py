@@ -119,7 +119,8 @@ class MAID:
 
     Cost: an outer iteration takes some lower solves (one and one a trial), a solve of the adjoint system, six products
     with J and Jᵀ (20 at first), and, for constants to estimate, a linearisation at a second point with a short solve
-    there. Memory: a few x, and the graph of one second derivative.
+    there. Memory:
+    a few x, and the graph of one second derivative.
 
     Source: arXiv 2308.10098, algorithms 1 and 2; growth by 10/9, η² and three rounds as in the authors' code.
     """
