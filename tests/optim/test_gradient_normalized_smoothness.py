@@ -197,7 +197,7 @@ OPTIMIZER = {
     "bad_input": SEARCH,
 }
 
-WATCHED = {
+POOLED = {
     **OPTIMIZER,
     "excluded": {
         **OPTIMIZER["excluded"],
@@ -208,18 +208,18 @@ WATCHED = {
 }
 
 CASES = [
-    OptimizerCase(part="provenn.optim.GradientNormalizedNewton", make=GradientNormalizedNewton, **WATCHED),
+    OptimizerCase(part="provenn.optim.GradientNormalizedNewton", make=GradientNormalizedNewton, **POOLED),
     OptimizerCase(
         part="provenn.optim.GradientNormalizedNewton",
         make=functools.partial(GradientNormalizedNewton, solver="cg"),
         label="conjugate gradients",
-        **WATCHED,
+        **POOLED,
     ),
     OptimizerCase(
         part="provenn.optim.GradientNormalizedNewton",
         make=functools.partial(GradientNormalizedNewton, hessian="zero"),
         label="zero",
-        **{**OPTIMIZER, "rosenbrock_steps": 1000},
+        **{**POOLED, "rosenbrock_steps": 1000},
     ),
     solver_case(
         "minimize_gns",
