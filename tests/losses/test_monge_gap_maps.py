@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from provenn.contracts import BadInput, FunctionCase, ModuleCase, TrainerCase
 from provenn.losses import (
     EnergyDistance,
     GradientMap,
@@ -27,10 +26,6 @@ def cloud(n, d=2, seed=0):
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def points(generator, dtype, batch):
-    return (torch.randn(batch, 3, generator=generator, dtype=torch.float64).to(dtype),)
-
-
 def spread(d, seed):
     root = cloud(d, d, seed)
     return root @ root.T + 0.3 * torch.eye(d, dtype=torch.float64)
@@ -42,13 +37,7 @@ def rotation(degrees):
 
 
 X, Y = cloud(20), cloud(20, seed=1) + 2
-X32 = X.float()
 ZERO, EYE = torch.zeros(2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
-
-
-def estimator(model, seed=0, **options):
-    given = {"lr": 1e-2, "steps": 7, "batch": 8, "log_every": 2, "seed": seed, **options}
-    return MongeMapEstimator(model, SinkhornDivergence(), MongeGap(relative_epsilon=0.1), **given)
 
 
 class Quadratic(nn.Module):
@@ -61,137 +50,6 @@ class Quadratic(nn.Module):
 
     def forward(self, x):
         return (x @ self.A * x).sum(1) / 2 + x @ self.b
-
-
-def bad_estimators():
-    make, net = estimator, TransportMLP(2, (4,))
-    return (
-        BadInput("map", lambda: make(lambda x: x), TypeError),
-        BadInput("fitting_loss", lambda: MongeMapEstimator(net, None, None), TypeError),
-        BadInput("gap", lambda: MongeMapEstimator(net, EnergyDistance(), 1.0), TypeError),
-        BadInput("gap_weight", lambda: make(net, gap_weight=-1.0)),
-        BadInput("gap_weight", lambda: make(net, gap_weight=lambda step: -1.0).fit(X32, X32)),
-        BadInput("lr", lambda: make(net, lr=0.0)),
-        BadInput("steps", lambda: make(net, steps=0)),
-        BadInput("batch", lambda: make(net, batch=1)),
-        BadInput("batch", lambda: make(net, batch=8.0), TypeError),
-        BadInput("log_every", lambda: make(net, log_every=0)),
-        BadInput("seed", lambda: make(net, seed=0.5), TypeError),
-        BadInput("reference", lambda: make(net, reference=X32[0])),
-        BadInput("reference", lambda: make(net, reference=cloud(5, 3).float()).fit(X32, X32)),
-        BadInput("source", lambda: make(net).fit(X32[:1], X32)),
-        BadInput("target", lambda: make(net).fit(X32, X32[:1])),
-        BadInput("target", lambda: make(net).fit(X32, cloud(5, 3).float())),
-        BadInput("source", lambda: make(net).fit(X32.long(), X32), TypeError),
-        BadInput("batch_size", lambda: make(net).transform(X32, batch_size=0)),
-    )
-
-
-def bad_widths(make):
-    return (
-        BadInput("dim", lambda: make(0)),
-        BadInput("hidden", lambda: make(3, ())),
-        BadInput("hidden", lambda: make(3, (4, 0))),
-    )
-
-
-def map_case(part, make, label="", bad=(), **options):
-    return ModuleCase(part=f"provenn.losses.{part}", make=make, inputs=points, label=label, bad_input=bad, **options)
-
-
-NESTED = "torch.func.grad inside a traced graph is not promised"
-
-CASES = [
-    map_case(
-        "TransportMLP",
-        lambda: TransportMLP(3, (8, 5)),
-        bad=(*bad_widths(TransportMLP), BadInput("identity_init", lambda: TransportMLP(2, identity_init=True))),
-    ),
-    map_case(
-        "TransportMLP",
-        lambda: TransportMLP(3, (8,), residual=True, identity_init=True, spherical=True),
-        "residual, spherical",
-        bad_widths(TransportMLP),
-    ),
-    map_case("InputConvexNetwork", lambda: InputConvexNetwork(3, (8, 5)), bad=bad_widths(InputConvexNetwork)),
-    ModuleCase(
-        part="provenn.losses.GradientMap",
-        make=lambda: GradientMap(InputConvexNetwork(3, (8, 5))),
-        inputs=points,
-        compile=False,
-        compile_reason=NESTED,
-        export=False,
-        export_reason=NESTED,
-        bad_input_reason="any module is a potential; what it returns is checked by torch.func.grad",
-    ),
-    TrainerCase(
-        part="provenn.losses.MongeMapEstimator",
-        make=lambda model, seed: estimator(model, seed),
-        model=lambda: TransportMLP(2, (8,)),
-        data=lambda generator: tuple(torch.randn(2, 20, 2, generator=generator)),
-        rounds=4,
-        bad_input=bad_estimators(),
-    ),
-    TrainerCase(
-        part="provenn.losses.MongeMapEstimator",
-        label="reference, schedule, dropout",
-        make=lambda model, seed: estimator(
-            model, seed, gap_weight=lambda step: step / 4, reference=X[:9].to(_like(model))
-        ),
-        model=lambda: nn.Sequential(nn.Linear(2, 8), nn.Dropout(0.3), nn.GELU(), nn.Linear(8, 2)),
-        data=lambda generator: tuple(torch.randn(2, 20, 2, generator=generator)),
-        rounds=4,
-        bad_input=bad_estimators()[:1],
-    ),
-    FunctionCase(
-        part="provenn.losses.l2_uvp",
-        call=lambda: l2_uvp(lambda x: x, lambda x: 2 * x, X),
-        bad_input=(
-            BadInput("map", lambda: l2_uvp(lambda x: x[:, :1], lambda x: x, X)),
-            BadInput("true_map", lambda: l2_uvp(lambda x: x, lambda x: x[:3], X)),
-            BadInput("true_map", lambda: l2_uvp(lambda x: x, lambda x: 0 * x, X)),
-            BadInput("x", lambda: l2_uvp(lambda x: x, lambda x: x, X[0])),
-        ),
-    ),
-    FunctionCase(
-        part="provenn.losses.transport_cost_ratio",
-        call=lambda: transport_cost_ratio(lambda x: x + 2, X, Y),
-        bad_input=(
-            BadInput("target", lambda: transport_cost_ratio(lambda x: x, X, Y[:5])),
-            BadInput("target", lambda: transport_cost_ratio(lambda x: x, X, X, "euclidean")),
-            BadInput("map", lambda: transport_cost_ratio(lambda x: x[:3], X, Y)),
-            BadInput("cost", lambda: transport_cost_ratio(lambda x: x, X, Y, "taxi")),
-        ),
-    ),
-    FunctionCase(
-        part="provenn.losses.gaussian_ot_map",
-        call=lambda: gaussian_ot_map(ZERO, EYE, ZERO + 1, 2 * EYE)(X),
-        bad_input=(
-            BadInput("m0", lambda: gaussian_ot_map(EYE, EYE, ZERO, EYE)),
-            BadInput("m1", lambda: gaussian_ot_map(ZERO, EYE, ZERO[:1], EYE)),
-            BadInput("S0", lambda: gaussian_ot_map(ZERO, EYE[:1], ZERO, EYE)),
-            BadInput("S0", lambda: gaussian_ot_map(ZERO, torch.diag(torch.tensor([1.0, 0.0])).double(), ZERO, EYE)),
-            BadInput("S1", lambda: gaussian_ot_map(ZERO, EYE, ZERO, EYE + torch.triu(EYE + 1, 1))),
-            BadInput("S1", lambda: gaussian_ot_map(ZERO, EYE, ZERO, -EYE)),
-        ),
-    ),
-    FunctionCase(
-        part="provenn.losses.entropic_map",
-        call=lambda: entropic_map(X, Y, relative_epsilon=0.1)(X),
-        bad_input=(
-            BadInput("epsilon", lambda: entropic_map(X, Y, epsilon=0.0)),
-            BadInput("relative_epsilon", lambda: entropic_map(X, Y, relative_epsilon=-1.0)),
-            BadInput("max_iters", lambda: entropic_map(X, Y, max_iters=0)),
-            BadInput("tol", lambda: entropic_map(X, Y, tol=0.0)),
-            BadInput("target", lambda: entropic_map(X, cloud(5, 3))),
-            BadInput("cost", lambda: entropic_map(X, Y, "taxi")),
-        ),
-    ),
-]
-
-
-def _like(model):
-    return next(model.parameters())
 
 
 # Closed forms

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_integer, check_number
-from provenn.core.numerics.transport import sinkhorn, symmetric_sinkhorn
+from provenn.core.numerics.transport import as_weights, sinkhorn, symmetric_sinkhorn
 from provenn.losses._monge_gap_costs import Cost, check_clouds, check_cost, cost_matrix
 from provenn.losses._monge_gap_loss import relative
 
@@ -19,7 +19,7 @@ class _Target(NamedTuple):
     """A target whose own term is known: its points, their weights, ε and the term."""
 
     points: Tensor
-    weights: Tensor | None
+    weights: Tensor
     epsilon: float
     term: Tensor
 
@@ -89,6 +89,9 @@ class SinkhornDivergence(nn.Module):
             x_weights: Weights of x, above 0 and adding up to 1; ``None``: equal.
             y_weights: Those of y.
 
+        Returns:
+            The divergence, in the cost's unit.
+
         Raises:
             ValueError: Points of different spaces, costs of a wrong shape or not finite, bad weights.
             TypeError: x or y are no floating-point numbers.
@@ -97,14 +100,15 @@ class SinkhornDivergence(nn.Module):
             RuntimeWarning: A Sinkhorn iteration did not converge within ``max_iters``.
         """
         check_clouds(x, y)
-        epsilon, to_itself = self._of_target(y, y_weights)
+        a, b = as_weights("x_weights", x_weights, x, len(x)), as_weights("y_weights", y_weights, x, len(y))
+        epsilon, to_itself = self._of_target(y, b)
         options = {"epsilon": epsilon, "tol": self.tol, "max_iter": self.max_iters}
-        between = sinkhorn(cost_matrix(self.cost, x, y), x_weights, y_weights, **options).value  # type: ignore[arg-type]
-        within = symmetric_sinkhorn(cost_matrix(self.cost, x, x), x_weights, **options).value  # type: ignore[arg-type]
+        between = sinkhorn(cost_matrix(self.cost, x, y), a, b, **options).value  # type: ignore[arg-type]
+        within = symmetric_sinkhorn(cost_matrix(self.cost, x, x), a, **options).value  # type: ignore[arg-type]
         # In the divergence the constants of the KL convention cancel: H(a) + H(b) − ½ 2H(a) − ½ 2H(b) = 0.
         return between - within / 2 - to_itself / 2
 
-    def _of_target(self, y: Tensor, weights: Tensor | None) -> tuple[float, Tensor]:
+    def _of_target(self, y: Tensor, weights: Tensor) -> tuple[float, Tensor]:
         """Return ε and W_ε(ν, ν)."""
         held = self._target
         if self.static_target and held is not None and _same(held.points, y) and _same(held.weights, weights):
@@ -114,14 +118,11 @@ class SinkhornDivergence(nn.Module):
         term = symmetric_sinkhorn(C, weights, epsilon=epsilon, tol=self.tol, max_iter=self.max_iters).value
         if self.static_target:
             term = term.detach()
-            kept = None if weights is None else weights.detach().clone()
-            self._target = _Target(y.detach().clone(), kept, epsilon, term)
+            self._target = _Target(y.detach().clone(), weights.detach().clone(), epsilon, term)
         return epsilon, term
 
 
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
+def _same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
 
 
@@ -142,6 +143,9 @@ class EnergyDistance(nn.Module):
         Args:
             x: Points, such as a map's image.
             y: Points of the target.
+
+        Returns:
+            The distance, in the points' unit.
 
         Raises:
             ValueError: Points of different spaces, or none.
@@ -182,6 +186,9 @@ class MaximumMeanDiscrepancy(nn.Module):
         Args:
             x: Points, such as a map's image.
             y: Points of the target.
+
+        Returns:
+            The squared discrepancy, in [0, 2].
 
         Raises:
             ValueError: Points of different spaces, or none.

@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_choice, check_integer, check_number
-from provenn.core.numerics.transport import Transport, sinkhorn
+from provenn.core.numerics.transport import Transport, as_weights, sinkhorn
 from provenn.losses._monge_gap_costs import Cost, check_clouds, check_cost, cost_matrix
 
 Gradient = Literal["envelope", "implicit", "unrolled"]
@@ -96,6 +96,9 @@ class MongeGap(nn.Module):
             y: What the map makes of each.
             weights: a, above 0 and adding up to 1; ``None``: equal. Not with ``epsilon=0``.
 
+        Returns:
+            The gap, in the cost's unit.
+
         Raises:
             ValueError: Clouds of different sizes, costs of a wrong shape or not finite, bad weights; or, if ``strict``,
                 no convergence.
@@ -113,10 +116,11 @@ class MongeGap(nn.Module):
         if self.epsilon == 0:
             return C.diagonal().mean() - assignment_cost(C)
         epsilon = self.epsilon or relative(C, self.relative_epsilon, self.relative_to)
+        a = as_weights("weights", weights, C, len(x))
         solution = sinkhorn(
             C,
-            weights,
-            weights,
+            a,
+            a,
             epsilon=epsilon,
             tol=self.tol,
             max_iter=self.max_iters,
@@ -127,7 +131,6 @@ class MongeGap(nn.Module):
             raise ValueError(
                 f"max_iters = {self.max_iters} must suffice: Sinkhorn's marginals are off by {solution.error:.2g}"
             )
-        a = C.new_full((len(x),), 1 / len(x)) if weights is None else weights.to(C)
         value = self._value(C, a, solution, epsilon)
         if self.entropy == "kl":
             value = value - 2 * epsilon * (a * a.log()).sum()  # KL(P ‖ a aᵀ) = 2 H(a) − H(P)

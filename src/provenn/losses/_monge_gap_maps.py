@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -73,6 +74,9 @@ class TransportMLP(nn.Module):
 
         Args:
             x: Points.
+
+        Returns:
+            T(x).
         """
         y: Tensor = self.network(x)
         y = x + y if self.residual else y
@@ -115,6 +119,9 @@ class InputConvexNetwork(nn.Module):
 
         Args:
             x: Points.
+
+        Returns:
+            f(x).
         """
         first, *others = self.inputs
         z = F.softplus(first(x))
@@ -125,7 +132,7 @@ class InputConvexNetwork(nn.Module):
 
 
 def _inverse_softplus(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float64).expm1().log())
+    return math.log(math.expm1(value))
 
 
 class GradientMap(nn.Module):
@@ -151,6 +158,9 @@ class GradientMap(nn.Module):
 
         Args:
             x: Points.
+
+        Returns:
+            ∇f(x).
         """
         gradient: Tensor = torch.func.grad(lambda points: self.potential(points).sum())(x)
         return gradient

@@ -91,7 +91,7 @@ def sinkhorn(
     check_number("scaling", scaling, above=0, at_most=1)
     check_number("relaxation", relaxation, above=0, below=2)
     _check_costs(C)
-    a, b = (_weights(name, one, C, size) for name, one, size in (("a", a, C.shape[0]), ("b", b, C.shape[1])))
+    a, b = (as_weights(name, one, C, size) for name, one, size in (("a", a, C.shape[0]), ("b", b, C.shape[1])))
     f, g, error, iterations = _iterate(C.detach(), a.detach(), b.detach(), epsilon, tol, max_iter, scaling, relaxation)
     return _solution(C, a, b, f, g, epsilon, tol, error, iterations)
 
@@ -138,7 +138,7 @@ def symmetric_sinkhorn(
     off = math.inf if C.shape[0] != C.shape[1] else (C - C.T).abs().max().item()
     if off > 1e-4 * C.abs().max().item():
         raise ValueError(f"C must be symmetric, got shape {tuple(C.shape)} with C − Cᵀ up to {off:.2g}")
-    a = _weights("a", a, C, C.shape[0])
+    a = as_weights("a", a, C, C.shape[0])
     costs, log_a, f = C.detach(), a.detach().log(), torch.zeros_like(a)
     iterations = 0
     while True:
@@ -172,16 +172,27 @@ def _solution(
     return Transport(f, g, _plan(C, f, g, epsilon), value, error, error <= tol, iterations)
 
 
-def _weights(name: str, weights: Tensor | None, C: Tensor, size: int) -> Tensor:
+def as_weights(name: str, weights: Tensor | None, like: Tensor, size: int) -> Float[Tensor, " size"]:
+    """Return a measure's weights, checked; equal ones for ``None``.
+
+    Args:
+        name: The argument's name, for errors.
+        weights: Above 0, adding up to 1.
+        like: A tensor whose type and device they take.
+        size: How many there must be.
+
+    Raises:
+        ValueError: They are not above 0, do not add up to 1, or are too many or too few.
+    """
     if weights is None:
-        return C.new_full((size,), 1 / size)
+        return like.new_full((size,), 1 / size)
     if weights.shape != (size,):
         raise ValueError(f"{name} must have shape ({size},), got {tuple(weights.shape)}")
     if not weights.isfinite().all() or not (weights > 0).all():
         raise ValueError(f"{name} must be above 0 (leave out points of weight 0), got {weights.min().item()}")
     if abs(weights.sum().item() - 1) > 1e-4:
         raise ValueError(f"{name} must add up to 1, got a sum of {weights.sum().item():.6g}")
-    return weights.to(C)
+    return weights.to(like)
 
 
 def _iterate(
