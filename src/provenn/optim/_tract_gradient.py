@@ -129,12 +129,14 @@ class Conv2dFunction(torch.autograd.Function):
             back = torch.ops.aten.convolution_backward
             return back(grad, inputs, weights, sizes, stride, padding, dilation, False, [0, 0], groups, mask)
 
-        mask = [ctx.needs_input_grad[0], False, ctx.needs_input_grad[2]]
-        into_x, _, into_bias = plain(grad_out, x.to(low), weight.to(low), mask)
+        wide, wide_grad, wide_weight = _wide(x, grad_out, weight)
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        at_once = wide.dtype == low and needs_weight  # else the weight's gradient needs a wider type than the others
+        into_x, gradient, into_bias = plain(grad_out, x.to(low), weight.to(low), [needs_x, at_once, needs_bias])
         into_weight = None
-        if ctx.needs_input_grad[1]:
-            wide, wide_grad, wide_weight = _wide(x, grad_out, weight)
-            gradient = plain(wide_grad, wide, wide_weight, [False, True, False])[1]
+        if needs_weight:
+            if not at_once:
+                gradient = plain(wide_grad, wide, wide_weight, [False, True, False])[1]
             solved = _solve_patches(gradient, wide, ctx.geometry, grad_out.shape[2:].numel(), ctx.lambda_)
             into_weight = solved.to(weight.dtype)
         return (
@@ -155,17 +157,28 @@ def _solve_patches(plain: Tensor, x: Tensor, geometry: Any, places: int, lambda_
     flat = plain.reshape(groups, -1, inputs)
 
     def patches(part: Tensor) -> Tensor:
-        unfolded = unfold(part, kernel, dilation, padding, stride)
-        return unfolded.unflatten(1, (groups, inputs)).permute(1, 0, 3, 2).reshape(groups, -1, inputs)
+        return unfold(part, kernel, dilation, padding, stride).unflatten(1, (groups, inputs))
 
     if rows < inputs:
-        a = patches(x)
+        a = _rows(patches(x))
         solved = torch.stack([_solve(one, own, lambda_) for one, own in zip(flat, a, strict=True)])
     else:
         size = max(1, _PATCH_ENTRIES // (places * inputs * groups))
         gram = flat.new_zeros(groups, inputs, inputs)
         for part in x.split(size):
-            a = patches(part)
-            gram.baddbmm_(a.mT, a)
+            gram += _gram(patches(part))
         solved = torch.cholesky_solve(flat.mT, _ridge(gram.div_(rows), lambda_)).mT
     return solved.reshape(plain.shape)
+
+
+def _rows(patches: Tensor) -> Tensor:
+    """Return patches (images, groups, inputs, places) with a patch a row, (groups, rows, inputs)."""
+    return patches.permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _gram(patches: Tensor) -> Tensor:
+    """Return aᵀa for each group's rows; image by image where that is smaller than a copy with a patch a row."""
+    if patches.shape[2] <= patches.shape[3]:
+        return (patches @ patches.mT).sum(0)
+    a = _rows(patches)
+    return a.mT @ a
