@@ -14,6 +14,8 @@ from provenn.core.experiment.checks import check_integer, check_number
 
 _CHECK_EVERY = 5
 """Iterations between looks at the marginals, each of which costs half an iteration."""
+_NEGLIGIBLE = -60.0
+"""An exponent whose exponential no sum near 1 notices, in float64 either; smaller ones would cost time as denormals."""
 
 
 class Transport(NamedTuple):
@@ -219,12 +221,16 @@ def _iterate(
 
 def _row_error(C: Tensor, f: Tensor, g: Tensor, a: Tensor, epsilon: float) -> float:
     """Return how far the rows are off: the columns are met exactly, by the update that came last."""
-    return (_plan(C, f, g, epsilon).sum(dim=1) - a).abs().sum().item()
+    exponents = (f[:, None] + g).sub_(C).div_(epsilon)
+    return (exponents.clamp_min_(_NEGLIGIBLE).exp_().sum(dim=1) - a).abs().sum().item()
 
 
 def _update(C: Tensor, other: Tensor, log_weights: Tensor, epsilon: float) -> Tensor:
     """Return the potential of the rows that meets their marginal exactly."""
-    return epsilon * (log_weights - torch.logsumexp((other - C) / epsilon, dim=1))
+    exponents = (other - C).div_(epsilon)
+    largest = exponents.amax(dim=1)
+    sums = exponents.sub_(largest[:, None]).clamp_min_(_NEGLIGIBLE).exp_().sum(dim=1)
+    return epsilon * (log_weights - largest - sums.log_())
 
 
 def _plan(C: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Tensor:
