@@ -305,7 +305,7 @@ class _Theory:
     def compare(self, batch: int, sigma2: float, found: Sequence[_Extremes]) -> BatchCurvature:
         """Put the measurements of batches of one size beside the predictions."""
         largest = torch.tensor([one.largest for one in found], dtype=torch.float64)
-        overlaps = [(one.vector @ self.full.vector).item() ** 2 for one in found]
+        overlaps = [min(1.0, (one.vector @ self.full.vector).item() ** 2) for one in found]
         low, high, overlap, radius = self._predict(batch)
         mean = largest.mean().item()
         return BatchCurvature(
