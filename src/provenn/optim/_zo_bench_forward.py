@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from provenn.core.experiment.checks import check_integer, check_number
+from provenn.core.experiment.parameters import flat_view
 from provenn.core.numerics.gradient_free import Closure, Evaluations, GradientFreeOptimizer, NonFiniteLossError
 from provenn.core.numerics.zeroth_order import SeededDirection
 from provenn.optim._zo_bench_estimate import Estimate
@@ -103,27 +104,31 @@ class ForwardGradient(GradientFreeOptimizer):
         tensors = self.tensors
         options = {tensor: group for group in self.param_groups for tensor in group["params"]}
         directions = [SeededDirection(tensors, self.draw_seed(query)) for query in range(self.num_queries)]
-        slopes = [closure_derivative(loss, tensors, one.materialize()) / self.num_queries for one in directions]
+        slopes = [closure_derivative(loss, one) / self.num_queries for one in directions]
         apply(Estimate(tensors, directions, slopes), "sgd", options, {})
 
 
 @torch.no_grad()
-def closure_derivative(loss: Evaluations, tensors: Sequence[Tensor], tangents: Sequence[Tensor]) -> float:
-    """Return the derivative of a closure's loss along tangents of tensors that the closure reads.
+def closure_derivative(loss: Evaluations, direction: SeededDirection) -> float:
+    """Return the derivative of a closure's loss along a direction over tensors that the closure reads.
 
-    The tensors carry the tangents in place while the closure runs, so it need not be a function of parameters.
+    The tensors carry their tangents in place while the closure runs, so it need not be a function of parameters.
 
     Args:
         loss: Evaluates the loss.
-        tensors: What the loss depends on.
-        tangents: The direction, in their shapes.
+        direction: Over what the loss depends on.
 
     Raises:
         NonFiniteLossError: Loss or derivative is NaN or infinite.
         RuntimeError: The loss carries no derivative.
     """
     with forward_ad.dual_level():
-        for tensor, tangent in zip(tensors, tangents, strict=True):
+        for index, tensor in enumerate(direction.tensors):
+            tangent = torch.empty_like(tensor, requires_grad=False)
+            entries = flat_view(tangent)
+            for _, piece, noise in direction.pieces(index):
+                entries[piece] = noise
+            # The copy takes the tangent along, as a tensor of its own; this one goes before the next is made.
             tensor.copy_(forward_ad.make_dual(tensor.detach(), tangent))
         value = loss.evaluate()
         slope = forward_ad.unpack_dual(value).tangent if isinstance(value, Tensor) else None

@@ -28,7 +28,7 @@ _BUFFERS = {
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a training step holds at its peak.
+    """Bytes that a training step holds at its peak, as :func:`estimate_memory` counts them.
 
     Args:
         weights: Parameters and buffers of the model.
@@ -37,6 +37,8 @@ class MemoryEstimate:
         tangents: The direction of a forward gradient.
         activations: What is alive at once of what the model computes: all that back-propagation needs, or about a
             layer's, twice that with tangents.
+
+    Source: arXiv 2402.11592.
     """
 
     weights: int

@@ -70,11 +70,13 @@ class ZerothOrder(GradientFreeOptimizer):
         ValueError: ``lr`` ≤ 0, ``eps`` ≤ 0, ``num_queries`` < 1, ``sparsity`` outside [0, 1), ``momentum`` or ``betas``
             outside [0, 1), ``weight_decay`` < 0 (or ≠ 0 with ``"conservative"``), ``resample_every`` < 1, an unknown
             ``rule``, ``sign`` or ``sparsity_by``, or ``blocks`` that miss or repeat a parameter.
+        TypeError: A number is of another type.
         RuntimeError: The loss was NaN or infinite in ten steps in a row; each such step is skipped and counted.
 
     Cost: per query, three draws of z for the perturbations (two one-sided) and one for the update, about 3 ns an
-    entry and draw on a CPU; a mask doubles the draws. Memory above a forward pass: 2¹⁸ numbers a query; one buffer of
-    the parameters for ``"momentum"``, two for ``"adam"``.
+    entry and draw on a CPU; a mask doubles the draws. Memory: a forward pass's, or the weights and 2¹³
+    numbers a query where that is more (2²⁰ on a GPU, a 64th of a larger tensor); one buffer of the parameters for
+    ``"momentum"``, two for ``"adam"``.
 
     Source: arXiv 2402.11592, section 3 (methods) and section 5 (block-wise, sparse); arXiv 2305.17333, algorithm 1.
     """

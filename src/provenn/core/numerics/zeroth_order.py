@@ -30,8 +30,7 @@ class SeededDirection:
     Raises:
         ValueError: There is no tensor, one is not contiguous, or ``seed`` is negative.
 
-    Cost: O(entries) time a draw; memory of 2¹³ numbers (2²⁰ on a GPU), whatever the size of
-    the tensors.
+    Cost: O(entries) time a draw; memory of 2¹³ numbers on a CPU, 2²⁰ on a GPU, or a 64th of a larger tensor.
 
     Source: Malladi et al., arXiv 2305.17333, algorithm 1.
     """
