@@ -56,7 +56,8 @@ def gaussians(trial: Trial, d: int) -> Task:
     (m0, S0), (m1, S1) = ((torch.randn(d, generator=draws), _covariance(d, draws)) for _ in range(2))
 
     def sample(mean: Tensor, covariance: Tensor, count: int) -> Tensor:
-        return mean + torch.randn(count, d, generator=draws) @ torch.linalg.cholesky(covariance).T
+        points: Tensor = mean + torch.randn(count, d, generator=draws) @ torch.linalg.cholesky(covariance).T
+        return points
 
     counts = (int(trial.budget["samples"]), int(trial.budget["held back"]), int(trial.budget["held back"]))
     pairs = [(sample(m0, S0, n).to(trial.device), sample(m1, S1, n).to(trial.device)) for n in counts]
@@ -68,7 +69,8 @@ def _covariance(d: int, draws: torch.Generator) -> Tensor:
     """Return a covariance of random axes, with variances from ¼ to 4, uniform in their logarithm."""
     axes = torch.linalg.qr(torch.randn(d, d, generator=draws))[0]
     variances = 4.0 ** (2 * torch.rand(d, generator=draws) - 1)
-    return axes * variances @ axes.T
+    covariance: Tensor = axes * variances @ axes.T
+    return covariance
 
 
 def curves(trial: Trial) -> Task:
