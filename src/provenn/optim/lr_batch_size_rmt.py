@@ -119,6 +119,8 @@ class BatchHessianReport(Report):
         nodes: Ritz values of the spectrum of all data.
         weights: Their weights.
         batches: One entry a batch size.
+
+    Source: arXiv 2006.09092.
     """
 
     nested: ClassVar[dict[str, type[Report]]] = {"batches": BatchCurvature}
