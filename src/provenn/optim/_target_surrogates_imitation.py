@@ -1,4 +1,4 @@
-"""Imitation in a simulator: a pole on a cart, an expert that balances it, and online training by the expert's actions."""
+"""Imitation in a simulator: a pole on a cart, an expert that balances it, and training by the expert's actions."""
 
 from __future__ import annotations
 
@@ -140,6 +140,8 @@ class ImitationResult:
     Args:
         history: One entry a round: its index, the optimizer's steps, the loss on the round's states before its step.
         model: The policy.
+
+    Source: arXiv 2302.02607, online imitation learning.
     """
 
     history: list[Epoch]
@@ -168,6 +170,7 @@ class ImitationTrainer:
 
     Raises:
         ValueError: ``rounds``, ``episodes`` or ``horizon`` < 1.
+        TypeError: ``seed`` or one of these is no integer.
 
     Cost: a round takes ``horizon`` forward passes on ``episodes`` states and steps of the simulator, and the
     optimizer's step on all of them.

@@ -36,6 +36,8 @@ class SSOCalls(NamedTuple):
         value: Values of the loss without a gradient, for the line search.
         forward: Forward passes of the model.
         backward: Backward passes of the model.
+
+    Source: arXiv 2302.02607 counts its algorithms' progress in calls of the oracle.
     """
 
     oracle: int
@@ -200,7 +202,8 @@ class SSO(torch.optim.Optimizer):
         forward, target_loss = _pair(closure)
         state, start = self._progress(), [one.detach().clone() for one in self._params]
         try:
-            z = self._targets(forward)
+            with torch.enable_grad():
+                z = self._targets(forward)
             if state["steps"] == 0:
                 self._check_repeats(forward, z)
             surrogate, loss = self._surrogate(z.detach(), target_loss)
@@ -212,13 +215,12 @@ class SSO(torch.optim.Optimizer):
             self.zero_grad()
         return loss
 
-    @torch.enable_grad()
     def _targets(self, forward: Forward) -> Tensor:
         self._progress()["forward"] += 1
         z = forward()
         if not isinstance(z, Tensor) or z.dim() == 0:
             raise TypeError(f"closure's forward must return a tensor of targets, one row a sample, got {z!r}")
-        if not z.requires_grad:
+        if torch.is_grad_enabled() and not z.requires_grad:
             raise RuntimeError("closure's forward must compute the targets with their graph, got a tensor without one")
         return z
 

@@ -146,8 +146,8 @@ def search_target_step(
     check_number("c", c, above=0, below=1)
     slope = scale * gradient.square().sum().item()
     eta = _GROWTH * last
-    for trial in range(1, _TRIALS + 1):
+    for values in range(1, _TRIALS + 1):  # noqa: B007
         if float(target_loss(z - eta * scale * gradient)) <= loss - c * eta * slope:
             break
         eta *= _SHRINK
-    return min(max(eta, _LEAST), _MOST), trial
+    return min(max(eta, _LEAST), _MOST), values

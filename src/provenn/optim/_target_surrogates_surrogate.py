@@ -152,6 +152,9 @@ class TargetSurrogate(nn.Module):
         Args:
             z: Targets, with their graph.
 
+        Returns:
+            g̃(z).
+
         Raises:
             RuntimeError: They are of another shape.
         """
