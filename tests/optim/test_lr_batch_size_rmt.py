@@ -12,8 +12,12 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from provenn import optim
+from provenn.claims.claim import Evidence
+from provenn.claims.optim import lr_batch_size_rmt as claim
+from provenn.claims.optim._lr_batch_size_rmt_grid import final_losses
 from provenn.contracts import BadInput, FunctionCase, ProbeCase
-from provenn.core.experiment.seeding import seeded
+from provenn.core.experiment.networks import mlp
+from provenn.core.experiment.seeding import generator, seeded
 from provenn.core.numerics.spectra import stochastic_lanczos
 from provenn.optim import BatchHessianProbe, BatchHessianReport, SpectralLRScheduler
 from provenn.optim._lr_batch_size_rmt_products import Curvature
@@ -766,3 +770,58 @@ def test_measuring_leaves_the_model_alone():
     assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
     assert model[3].weight.grad is None
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+# The claim.
+
+
+def evidence(error=0.01, small=0.9, large=0.1, adam=0.5, slope=0.8, ours=0.11, best=0.1):
+    figures = {
+        ("edge", "spiked Wigner"): {"relative error": [error] * 3},
+        ("rates", "SGD"): {"slope B ≤ 8": [small] * 3, "slope B ≥ 64": [large] * 3, "slope B ≤ 64": [9.0] * 3},
+        ("rates", "Adam"): {"slope B ≤ 8": [9.0] * 3, "slope B ≥ 64": [9.0] * 3, "slope B ≤ 64": [adam] * 3},
+        ("inflation", "Hessian"): {"slope": [slope] * 3},
+        ("learner", claim.LEARNER): {"final loss": [ours] * 3},
+    }
+    for place, arm in enumerate(claim.CONSTANT):
+        figures["learner", arm] = {"final loss": [best + (place - 2) ** 2] * 3}
+    return Evidence.of(figures)
+
+
+@pytest.mark.parametrize(
+    ("changed", "outcome"),
+    [
+        ({}, "reproduced"),
+        ({"error": 0.029, "small": 0.61, "large": 0.34, "adam": 0.36, "slope": 0.51, "ours": 0.119}, "reproduced"),
+        ({"small": 1.19, "large": -1.0, "adam": 0.74, "slope": 1.19}, "reproduced"),
+        ({"slope": 0.49}, "partly"),
+        ({"slope": 1.21}, "partly"),
+        ({"ours": 0.121}, "partly"),
+        ({"error": 0.031}, "not reproduced"),
+        ({"small": 0.59}, "not reproduced"),
+        ({"small": 1.21}, "not reproduced"),
+        ({"large": 0.36}, "not reproduced"),
+        ({"adam": 0.34}, "not reproduced"),
+        ({"adam": 0.76}, "not reproduced"),
+    ],
+)
+def test_judge(changed, outcome):
+    assert claim.judge(evidence(**changed)).outcome == outcome
+
+
+@pytest.mark.parametrize("arm", ["SGD", "Adam"])
+def test_rates_side_by_side_train_like_torchs_optimizers(arm):
+    x, y = torch.rand(40, 64, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 10
+    rates = torch.tensor([0.01, 0.05])
+    found = final_losses(arm, rates, x, y, 8, 6, seed=3)
+    for rate, loss in zip(rates.tolist(), found.tolist(), strict=True):
+        with seeded(3, "weights"):
+            model = mlp((64, 32, 10), nn.Tanh)
+        optimizer = getattr(torch.optim, arm)(model.parameters(), lr=rate)
+        draws = generator(3, "batches", 8)
+        for _ in range(6):
+            picked = torch.randperm(40, generator=draws)[:8]
+            optimizer.zero_grad()
+            CE(model(x[picked]), y[picked]).backward()
+            optimizer.step()
+        assert loss == pytest.approx(CE(model(x), y).item(), rel=1e-4)
