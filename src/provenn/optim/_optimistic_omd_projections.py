@@ -120,6 +120,7 @@ def project_box(
     H = _full_metric(x, metric)
     if torch.equal(clamped, x):
         return x
+    slack, rough = _slacks(x, H)
 
     def polish(z: Tensor) -> Tensor | None:
         slope = H @ (z - x)
@@ -129,8 +130,9 @@ def project_box(
         fixed = (exact - x)[~free]
         exact[free] = x[free] - torch.linalg.solve(H[free][:, free], H[free][:, ~free] @ fixed)
         slope = H @ (exact - x)
-        good = (exact >= lows) & (exact <= highs) & (~at_low | (slope >= 0)) & (~at_high | (slope <= 0))
-        return exact if bool(good.all()) else None
+        inside = (exact >= lows - slack) & (exact <= highs + slack)
+        good = inside & (~at_low | (slope >= -rough)) & (~at_high | (slope <= rough))
+        return torch.minimum(torch.maximum(exact, lows), highs) if bool(good.all()) else None
 
     return _nearest(x, H, lambda z: torch.minimum(torch.maximum(z, lows), highs), polish)
 
@@ -169,6 +171,7 @@ def project_simplex(
             _check_positive(metric)
         return _threshold(x, total, weights)
     H = _full_metric(x, metric)
+    slack, rough = _slacks(x, H)
 
     def polish(z: Tensor) -> Tensor | None:
         slope = H @ (z - x)
@@ -183,8 +186,8 @@ def project_simplex(
         exact = torch.zeros_like(z)
         exact[free] = solved[:size]
         slope = H @ (exact - x)
-        good = (exact >= 0) & (free | (slope >= -solved[size]))
-        return exact if bool(good.all()) else None
+        good = (exact >= -slack) & (free | (slope >= -solved[size] - rough))
+        return exact.clamp(min=0) if bool(good.all()) else None
 
     return _nearest(x, H, lambda z: _threshold(z, total, torch.ones_like(z)), polish)
 
@@ -215,6 +218,12 @@ def _nearest(
         ahead = new + (weight - 1) / after * (new - z)
         z, weight = new, after
     return z
+
+
+def _slacks(x: Tensor, H: Tensor) -> tuple[float, float]:
+    """Return what rounding leaves of a coordinate and of a slope: at a point of the set itself all slopes are zero."""
+    slack = 100 * torch.finfo(x.dtype).eps * (1 + float(x.abs().max()))
+    return slack, slack * float(torch.linalg.matrix_norm(H))
 
 
 def _full_metric(x: Tensor, metric: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Regret on a stream, the quantities that bound it, and the bounds."""
+"""Regret on a stream, the quantities that bound it, and the bounds; see arXiv 2302.04552."""
 
 from __future__ import annotations
 
