@@ -33,7 +33,7 @@ class ProtoTripletLoss(nn.Module):
             that differ, no query, or a label outside the prototypes.
         TypeError: ``margin`` is no number, or the labels are no integers.
 
-    Cost: queries · way · d, in memory too.
+    Cost: queries · way · d, and queries · way numbers.
 
     Source: arXiv 2305.09062, its section on the proto-triplet loss; margin and distance as in the authors' code.
     """
