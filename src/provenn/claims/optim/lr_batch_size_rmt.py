@@ -231,8 +231,8 @@ CLAIM = Claim(
     slug="lr-batch-size-rmt",
     statement=(
         "A batch's largest Hessian eigenvalue exceeds the full data's by a closed form in the batch size; so the "
-        "largest stable rate grows linearly for SGD up to a threshold and as the square root for Adam, and a learner that sets "
-        "rate and momentum from a Lanczos spectrum trains about as well as a tuned schedule."
+        "largest stable rate grows linearly for SGD up to a threshold and as the square root for Adam, and a learner "
+        "that sets rate and momentum from a Lanczos spectrum trains about as well as a tuned schedule."
     ),
     figures=(
         Figure("VGG-16 on CIFAR-100: measured extreme eigenvalues follow the formula in B", "figures of the spectra"),
