@@ -113,7 +113,7 @@ def peaked(params, lr: float = 0.5) -> Planted:
     return Planted(params, lr, "peaked", lambda lr, weight: -abs(math.log10(lr / 0.03)))
 
 
-def asking(params, model, lr: float = 0.5) -> Planted:
+def asking(params, horizon, lr: float = 0.5) -> Planted:
     raise AssertionError("it asks for what no task gives")
 
 

@@ -72,7 +72,7 @@ def test_all_parts_are_ranked_at_once(inline, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(lookup, "all_parts", lambda kind, task: names)
     result = inline("optim", "--task", UP, "--parts", "all", "--trials", "2", "--seeds", "2")
     assert result.exit_code == 0, result.output
-    assert "left out: compare.planted.asking needs model" in result.stdout
+    assert "left out: compare.planted.asking needs horizon" in result.stdout
     ranking = json.loads((tmp_path / "compare-optim-planted.json").read_text())["ranking"]
     assert [row["part"].rpartition(".")[2] for row in ranking] == ["good", "poor"]
 

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from compare.planted_counted import PROBLEMS, SLOPE, STEPS
+from compare.planted_counted import PROBLEMS, SLOPE, STEPS, Guessing
 from scipy.optimize import minimize
 from torch import nn
 
@@ -108,17 +108,31 @@ def test_a_part_gets_parameters_the_model_or_an_optimizer_by_what_it_takes() -> 
 def test_what_does_not_fit_is_told_apart() -> None:
     def whole(model, loss): ...
     def game(players, lr): ...
-    def network(model, lr=0.1): ...
     def asks(params, horizon, lr): ...
-    def open_ended(params, lr=0.1, **more): ...
-    def wraps(optimizer, eta=0.3): ...
+
+    def network(model, lr=0.1):
+        return torch.optim.SGD(model.parameters(), lr)
+
+    def open_ended(params, lr=0.1, **more):
+        return torch.optim.SGD(params, lr)
+
+    def wraps(optimizer, eta=0.3):
+        return optimizer
+
+    def refuses(params, lr=0.1):
+        raise ValueError("params must be planted\nand more")
 
     assert unfit(SLOPE, whole) == "needs loss"
     assert unfit(SLOPE, game) == "takes players first, not parameters or a model"
-    assert unfit(SLOPE, network) is None
     assert unfit(SLOPE, asks) == "needs horizon"
-    assert unfit(SLOPE, open_ended) is None
-    assert unfit(SLOPE, wraps) is None
+    assert unfit(SLOPE, refuses) == "cannot take a step: params must be planted"
+    for fitting in (network, open_ended, wraps, Guessing):
+        assert unfit(SLOPE, fitting) is None
+        assert unfit(find_task("digits-mlp"), fitting) is None
+    assert unfit(find_task("digits-mlp"), refuses) == "cannot take a step: params must be planted"
+
+
+def test_all_that_fits_a_task_is_found() -> None:
     kind, task = find_kind("optim"), find_task("convex-logistic")
     names, reasons = fitting_parts(kind, task)
     assert {"DiffGrad", "sgd", "lbfgs"} <= set(names)

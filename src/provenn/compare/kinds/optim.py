@@ -108,13 +108,35 @@ def _closure_step(setup: Setup, model: nn.Module, optimizer: torch.optim.Optimiz
 
 
 def unfit(task: AnyTask, part: Any) -> str | None:
-    """Say why a part cannot run on a task: it asks for more than parameters and what the task tunes."""
+    """Say why a part cannot run on a task: by what it takes beside parameters and what the task tunes, or by a step."""
     first, *others = inspect.signature(part).parameters.values()
     if first.name not in ("params", "parameters", "optimizer", "model"):
         return f"takes {first.name} first, not parameters or a model"
     asked = [one.name for one in others if one.default is one.empty and one.kind is not one.VAR_KEYWORD]
     lacking = [name for name in asked if name not in {*task.kinds["optim"], "model"}]
-    return f"needs {', '.join(lacking)}" if lacking else None
+    if lacking:
+        return f"needs {', '.join(lacking)}"
+    try:
+        _first_step(task.setup(0, "cpu", tuning=True), part)
+    except Exception as error:
+        return f"cannot take a step: {str(error).partition(chr(10))[0] or type(error).__name__}"
+    return None
+
+
+def _first_step(setup: Setup | CountedSetup, part: Any) -> None:
+    """Take one step, with the part's own settings."""
+    if isinstance(setup, CountedSetup):
+        optimizer = make(part, setup.problem.model, {})
+        optimizer.step(partial(setup.problem.evaluate, 0))  # type: ignore[arg-type]  # typed for floats
+        return
+    model = setup.model()
+    optimizer = make(part, model, {})
+    batch = next(iter(setup.batches(0)))
+    if _needs_closure(optimizer):
+        _closure_step(setup, model, optimizer)(batch)
+    else:
+        setup.loss(model, batch).backward()  # type: ignore[no-untyped-call]  # torch's own
+        optimizer.step()
 
 
 KIND = Kind(
