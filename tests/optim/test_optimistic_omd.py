@@ -101,7 +101,7 @@ def step_on(maker, value, **options):
 
 
 omd = functools.partial(OptimisticOMD, diameter=10.0)
-exp_concave = functools.partial(OptimisticOMD, mode="exp-concave", diameter=10.0, lipschitz=1e3, alpha=1.0)
+exp_concave = functools.partial(OptimisticOMD, mode="exp-concave", diameter=2.0, lipschitz=1e3, alpha=1.0)
 strongly = functools.partial(OptimisticOMD, mode="strongly-convex", strong_convexity=1.0)
 dynamic = functools.partial(DynamicOptimisticOMD, diameter=10.0, lipschitz=300.0)
 
@@ -143,9 +143,9 @@ CASES = [
         "OptimisticOMD",
         exp_concave,
         "exp-concave",
-        # Few and mild gradients would not be enough for steps of this theory to show: β is 1/(8GD).
-        quadratic={"lipschitz": 3.0, "diameter": 10.0},
-        rosenbrock={"lipschitz": 10.0, "diameter": 0.3},
+        # H starts at 1 + G/(16D), which must be above the curvatures: losses of gradients below G on a domain of D.
+        quadratic={"lipschitz": 1e3, "diameter": 2.0},
+        rosenbrock={"lipschitz": 1e3, "diameter": 0.05},
         excluded=WITHOUT,
         bad_input=(
             BadInput("alpha", lambda: exp_concave([parameter()], alpha=0.0)),
