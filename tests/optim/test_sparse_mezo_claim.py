@@ -105,19 +105,26 @@ def test_a_run_that_diverges_counts_with_what_it_had():
 
 def test_the_ladder_ends_where_training_does(monkeypatch):
     assert 1e-4 <= cell(claim.MEZO, "step size", steps=100)[0]["largest_stable_lr"] < claim.LADDER[-1]
-    tried = []
+    tried, bound = [], [1.0]
 
     class Optimizer:
-        def __init__(self, lr):
-            self.lr, self.loss = lr, 1.0
+        def __init__(self, model, lr):
+            self.model, self.lr, self.skipped = model, lr, 0
 
         def step(self, _):
-            self.loss += 1e-3 if self.lr > 1e-3 else -1e-3
-            return math.nan if self.lr > 1e-2 else self.loss
+            self.skipped += self.lr > bound[0]
+            self.model[-1].weight.data.mul_(-1.5 if self.lr > 1e-3 else 1.0)  # still, or worse
 
-    monkeypatch.setattr(claim, "_optimizer", lambda arm, model, lr, seed: tried.append(lr) or Optimizer(lr))
-    assert cell(claim.MEZO, "step size")[0]["largest_stable_lr"] == 1e-3
-    assert tried == [1e-4, 2e-4, 5e-4, 1e-3, 2e-3]
+    def build(arm, model, lr, seed):
+        tried.append(lr)
+        return Optimizer(model, lr)
+
+    monkeypatch.setattr(claim, "_optimizer", build)
+    for top, expected in ((1.0, [1e-4, 2e-4, 5e-4, 1e-3, 2e-3]), (4e-4, [1e-4, 2e-4, 5e-4])):
+        tried.clear()
+        bound[0] = top
+        found = cell(claim.MEZO, "step size", steps=3)[0]["largest_stable_lr"]
+        assert (found, tried) == (expected[-2], expected)
 
 
 def test_fine_tuning_leaves_the_best_weights_and_ends_at_bad_losses():

@@ -104,23 +104,27 @@ def _share(optimizer: SparseMeZO) -> float:
 
 
 def _climb(trial: Trial, task: FineTuning) -> Iterator[Event]:
-    """Raise the step size until a loss is not finite, or the mean loss of the last tenth is above the first tenth's."""
+    """Raise the step size until a loss is not finite, or the loss of all training images ends above where it began."""
     steps, size = int(trial.budget["steps"]), int(trial.budget["batch_size"])
     largest = 0.0
     for lr in LADDER:
         model = task.model()
         optimizer = _optimizer(trial.arm, model, lr, trial.seed)
-        losses = []
+        before = _training_loss(task, model)
         for x, y in islice(task.batches(trial.seed, size), steps):
-            losses.append(float(optimizer.step(partial(cross_entropy, model, x, y))))
-            if not math.isfinite(losses[-1]):
+            optimizer.step(partial(cross_entropy, model, x, y))
+            if optimizer.skipped:
                 break
-        part = max(1, steps // 10)
-        if not math.isfinite(losses[-1]) or statistics.fmean(losses[-part:]) > statistics.fmean(losses[:part]):
+        if optimizer.skipped or not _training_loss(task, model) <= before:
             break
         largest = lr
         yield Progress(LADDER.index(lr) + 1, len(LADDER))
     yield Metric("largest_stable_lr", largest)
+
+
+@torch.no_grad()
+def _training_loss(task: FineTuning, model: nn.Module) -> float:
+    return float(cross_entropy(model, *task.train))
 
 
 def _memory(task: FineTuning, arm: str) -> Iterator[Metric]:
@@ -255,8 +259,10 @@ CLAIM = Claim(
         "25° stand in for LLaMA and SuperGLUE; the smoke tier takes scikit-learn's digits and 32 hidden units.",
         "1 200 steps instead of the 4 000 that were planned, for time, in every arm.",
         "Weights are those that validated best in 40 checks. Step sizes are picked on seed 100, which does not count.",
-        "A step size is stable if in 300 steps no loss is NaN or infinite and the mean of the last 30 is not above the "
-        "mean of the first 30. The ladder goes on beyond the step sizes of tuning, by factors of two.",
+        "A step size is stable if in 300 steps no loss is NaN or infinite and the loss of all training images is not "
+        "above where it began. The ladder goes on beyond the step sizes of tuning, by factors of two. A first run "
+        "compared losses of batches, whose noise hid the change at small steps; its accuracies and verdict were the "
+        "same.",
         "A random mask stays for the whole run.",
     ),
 )
