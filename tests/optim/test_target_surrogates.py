@@ -328,7 +328,8 @@ def classified(model, x=X, y=Y):
 
 
 def exact_inner(params):
-    return torch.optim.LBFGS(params, lr=1, max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+    tight = {"tolerance_grad": 1e-12, "tolerance_change": 1e-14}
+    return torch.optim.LBFGS(params, lr=1, max_iter=200, line_search_fn="strong_wolfe", **tight)
 
 
 # The optimizer
@@ -501,6 +502,20 @@ def test_schedules_hold_for_the_searched_step_too():
         scheduled.step(classified(model))
         constant.step(classified(other))
         assert scheduled.eta == pytest.approx(constant.eta / step**0.5, rel=1e-14)
+
+
+@pytest.mark.parametrize("options", [{}, {"target_line_search": True}, *({"metric": one} for one in METRICS)])
+def test_sums_and_means_of_losses_take_the_same_target_steps(options):
+    pulled, weights = [], normal(6, 2, seed=3)
+    for reduction in ("mean", "sum"):
+        z = parameter(6, 2)
+        optimizer = SSO([z], 0.4, 10, exact_inner, reduction=reduction, eps=0.1, **options)
+        share = 6 if reduction == "mean" else 1
+        for _ in range(3):
+            optimizer.step(lambda z=z, n=share: (lambda: 1 * z, lambda one: (weights * one).cosh().sum() / n))
+        pulled.append((z.detach(), optimizer.eta))
+    assert pulled[0][1] == pytest.approx(pulled[1][1], rel=1e-9)
+    torch.testing.assert_close(pulled[0][0], pulled[1][0], rtol=0, atol=1e-4)
 
 
 def test_targets_that_change_are_refused_and_parameters_put_back():
