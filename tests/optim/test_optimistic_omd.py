@@ -481,15 +481,19 @@ def test_exp_concave_projects_in_its_metric():
         H, hat = optimizer.held["H"].clone(), optimizer.held["carried"].clone()
         point.grad = g.clone()
         optimizer.step()
-        step = optimizer.held["carried"]
-        # First-order optimality of the correction: H(x − x̂) + g is a multiple of −x on the sphere, else zero.
-        slope = H @ (step - hat) + g
-        if step.norm() < 1 - 1e-9:
-            torch.testing.assert_close(slope, torch.zeros(2, dtype=torch.float64), atol=1e-10, rtol=0)
-        else:
-            across = slope - step * (slope @ step)
-            assert across.norm().item() < 1e-9
-            assert (slope @ step).item() <= 1e-12
+        # First-order optimality of the correction, and of the play in the next round's metric.
+        assert_projected(H, hat, g, optimizer.held["carried"])
+        assert_projected(optimizer.held["H"], optimizer.held["carried"], g, point.detach())
+
+
+def assert_projected(H, start, g, x):
+    """H(x − start) + g is a multiple of −x on the unit sphere, else zero."""
+    slope = H @ (x - start) + g
+    if x.norm() < 1 - 1e-9:
+        torch.testing.assert_close(slope, torch.zeros(2, dtype=torch.float64), atol=1e-10, rtol=0)
+    else:
+        assert (slope - x * (slope @ x)).norm().item() < 1e-9
+        assert (slope @ x).item() <= 1e-12
 
 
 def test_entropy_steps_are_softmax_updates_on_the_simplex():
