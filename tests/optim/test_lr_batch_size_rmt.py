@@ -376,14 +376,14 @@ def test_noise_variance_of_matrices_with_known_variance():
     assert found == pytest.approx(sigma2, rel=0.03)
 
 
-@pytest.mark.parametrize("batch", [2, 6, 10])
+@pytest.mark.parametrize("batch", [2, 10])
 def test_noise_variance_without_replacement(batch):
     """From the population of all samples' Hessians: the same σ² at every batch size."""
     model, (x, y) = built(), dataset().tensors
     each = torch.stack([dense(model, x[i : i + 1], y[i : i + 1]) for i in range(len(x))])
     wanted = each.var(dim=0, correction=1).sum().item() / each.shape[1] ** 2
-    found = probe(lanczos_steps=2, batches=120).report((batch,))
-    assert found.batches[0].sigma2 == pytest.approx(wanted, rel=0.2)  # three standard errors of 120 batches
+    found = probe(lanczos_steps=2, batches=80).report((batch,))
+    assert found.batches[0].sigma2 == pytest.approx(wanted, rel=0.25)  # three standard errors of 80 batches
     assert found.sigma2 == found.batches[0].sigma2
 
 
@@ -714,9 +714,9 @@ def test_without_positive_curvature_nothing_changes():
 @pytest.mark.parametrize("matrix", ["hessian", "ggn"])
 def test_training_batch_raises_the_largest_eigenvalue(matrix):
     model = built()
-    options = {"model": model, "batch": 10, "steps": 30, "matrix": matrix}
+    options = {"model": model, "batch": 10, "steps": 15, "matrix": matrix}
     plain = scheduler(**options).largest
-    found = [scheduler(train_batch=size, **options).largest for size in (1, 3, 10, 12)]
+    found = [scheduler(train_batch=size, **options).largest for size in (1, 4, 10, 12)]
     assert found[0] > found[1] > plain
     assert found[2] == plain
     assert found[3] < plain  # all data: without the noise of the subsample
