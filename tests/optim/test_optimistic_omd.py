@@ -282,13 +282,15 @@ CASES = [
     ),
     ProbeCase(
         part="provenn.optim.sea_report",
-        run=lambda model, trajectory: sea_report(stream("drifting", loss="quadratic"), trajectory),
+        run=lambda model, trajectory: sea_report(stream("drifting", loss="quadratic", location=1.5), trajectory),
         model=lambda: nn.Linear(2, 2),
         data=lambda generator: Trajectory(
             torch.rand(4, 3, generator=generator, dtype=torch.float64) - 0.5,
-            stream("drifting", loss="quadratic").sample(1, generator)[0],
+            stream("drifting", loss="quadratic", location=1.5).sample(1, generator)[0],
         ),
-        brute_force=lambda model, trajectory: brute_force(stream("drifting", loss="quadratic"), trajectory),
+        brute_force=lambda model, trajectory: brute_force(
+            stream("drifting", loss="quadratic", location=1.5), trajectory
+        ),
         excluded={"model_restored_after_error": "a probe of a stream: there is no model"},
         bad_input=(
             BadInput("trajectory", lambda: sea_report(stream("iid"), Trajectory(normal(4, 2), normal(4, 3)))),
@@ -338,7 +340,7 @@ def brute_force(source, trajectory):
         "largest_drift": 0.25,
         "diameter": 2.0,
         "smoothness": 1.0,
-        "lipschitz": 1.0 + 0.5 + 0.7,
+        "lipschitz": 1.0 + 1.5 + 0.7,
         "rounds": 4,
         "checkpoints": (1, 2, 4),
     }

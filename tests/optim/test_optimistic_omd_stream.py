@@ -159,6 +159,16 @@ def test_sampled_quantities_are_near_the_exact_ones(kind, loss):
         assert exact.drift == pytest.approx(moves.square().sum().item())
 
 
+def test_two_samples_a_round_are_enough_for_estimates_without_bias():
+    stream = SEAStream("drifting", dim=3, rounds=2000, sigma=0.3, drift=0.1)
+    points = torch.zeros(2000, 3, dtype=torch.float64)
+    trajectory = Trajectory(points, stream.means)
+    sampled = sea_report(stream, trajectory, samples=2, generator=seeded(4))
+    # Without the correction the drift of 20 would be found as 200, with half of it as 110.
+    assert sampled.drift == pytest.approx(1999 * 0.01, abs=15)
+    assert sampled.variance == pytest.approx(2000 * 0.09, rel=0.05)
+
+
 KINDS = ("iid", "switch", "corrupted", "drifting", "adversarial", "self-play")
 
 
