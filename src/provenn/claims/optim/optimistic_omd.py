@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -121,16 +121,14 @@ def _curved(trial: Trial) -> Iterator[Event]:
 def _moving(trial: Trial) -> Iterator[Event]:
     """Play linear losses whose best point jumps, and report the regret against it for every path length."""
     rounds = int(trial.budget["rounds"])
-    known = {"domain": Ball(1.0), "lipschitz": 1 + MOVING_NOISE}
-
-    def make(x: nn.Parameter) -> torch.optim.Optimizer:
-        if trial.arm == DYNAMIC:
-            return DynamicOptimisticOMD([x], horizon=rounds, **known)  # type: ignore[arg-type]
-        return OptimisticOMD([x], **known)  # type: ignore[arg-type]
-
+    ball, bound = Ball(1.0), 1 + MOVING_NOISE
+    maker: Callable[[nn.Parameter], torch.optim.Optimizer] = {
+        DYNAMIC: lambda x: DynamicOptimisticOMD([x], ball, rounds, lipschitz=bound),
+        OURS: lambda x: OptimisticOMD([x], ball, lipschitz=bound),
+    }[trial.arm]
     for place, path in enumerate(PATHS):
         directions = jumping_directions(rounds, path, trial.seed)
-        regret = dynamic_regret(directions, MOVING_NOISE, trial.seed, make)
+        regret = dynamic_regret(directions, MOVING_NOISE, trial.seed, maker)
         yield Metric(f"regret, P = {path}", regret)
         yield Point("regret", path, regret)
         yield Progress(place + 1, len(PATHS))
