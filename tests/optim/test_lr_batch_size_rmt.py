@@ -374,6 +374,9 @@ def test_noise_variance_of_matrices_with_known_variance():
     draws = torch.Generator().manual_seed(0)
     found = optim.noise_variance(centre.matmul, parts, torch.zeros(dim).double(), batch, generator=draws)
     assert found == pytest.approx(sigma2, rel=0.03)
+    direction = torch.eye(dim)[0].double()
+    found = optim.noise_variance(centre.matmul, parts, direction, batch, direction=direction)
+    assert found == pytest.approx(sigma2, rel=0.03)
 
 
 @pytest.mark.parametrize("batch", [2, 10])
@@ -382,9 +385,12 @@ def test_noise_variance_without_replacement(batch):
     model, (x, y) = built(), dataset().tensors
     each = torch.stack([dense(model, x[i : i + 1], y[i : i + 1]) for i in range(len(x))])
     wanted = each.var(dim=0, correction=1).sum().item() / each.shape[1] ** 2
-    found = probe(lanczos_steps=2, batches=80).report((batch,))
+    top = torch.linalg.eigh(each.mean(dim=0)).eigenvectors[:, -1]
+    along = (each @ top).var(dim=0, correction=1).sum().item() / each.shape[1]
+    found = probe(lanczos_steps=8, batches=80).report((batch,))
     assert found.batches[0].sigma2 == pytest.approx(wanted, rel=0.25)  # three standard errors of 80 batches
     assert found.sigma2 == found.batches[0].sigma2
+    assert found.sigma2_top == pytest.approx(along, rel=0.25)
 
 
 # Products and quadrature.
@@ -484,6 +490,10 @@ def test_report_predicts_by_the_wigner_theorem():
         assert one.smallest_predicted == pytest.approx(low)
         assert one.max_lr_predicted == pytest.approx(2 / high)
         assert one.max_lr_measured == pytest.approx(2 / one.largest_measured)
+        noise = p * report.sigma2_top * (1 / one.batch - 1 / n)
+        above = report.largest > math.sqrt(noise)
+        along = report.largest + noise / report.largest if above else 2 * math.sqrt(noise)
+        assert one.largest_along_top == pytest.approx(along)
     assert report.critical_batch == pytest.approx(1 / (report.largest**2 / (p * s2) + 1 / n))
 
 
@@ -540,7 +550,7 @@ def test_dropout_in_training_mode_warns_and_is_switched_off():
 
 def test_report_carries_rates_with_saturation():
     report = probe().report((4,))
-    star = max(1.0, report.critical_batch)
+    star = max(1.0, report.critical_batch_top)
     assert star < 11
     assert report.suggest_lr(0.1, 11, 12) == pytest.approx(0.1)
     grown = (1 / 1 - 1 / 12) / (1 / star - 1 / 12)  # 𝔟(B*)/𝔟(1)

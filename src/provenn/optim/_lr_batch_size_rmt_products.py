@@ -129,6 +129,7 @@ def noise_variance(
     batch: int,
     n: int | None = None,
     generator: torch.Generator | None = None,
+    direction: Float[Tensor, " dim"] | None = None,
 ) -> float:
     """Estimate σ² = 𝔟·E‖H_B − H‖²_F/P², the variance of an entry of one sample's curvature.
 
@@ -141,9 +142,11 @@ def noise_variance(
         batch: B, samples of each part; below N.
         n: N; ``None``: infinitely many.
         generator: Draws the signs; ``None``: torch's global generator.
+        direction: A unit vector u to measure along, 𝔟·E‖(H_B − H)u‖²/P: the same σ² where the noise is spread evenly
+            over all entries, and what moves u's eigenvalue where it is not. ``None``: the mean over all directions.
 
     Shape:
-        ``like`` (P,).
+        ``like`` and ``direction`` (P,).
 
     Returns:
         σ², without bias.
@@ -161,8 +164,11 @@ def noise_variance(
     device = like.device if generator is None else generator.device
     squares = []
     for part in parts:
-        signs = torch.randint(2, like.shape, generator=generator, device=device).to(like) * 2 - 1
-        squares.append((part(signs) - full(signs)).double().square().sum())
+        if direction is None:
+            v = torch.randint(2, like.shape, generator=generator, device=device).to(like) * 2 - 1
+        else:
+            v = direction * math.sqrt(len(like))  # as long as a vector of signs
+        squares.append((part(v) - full(v)).double().square().sum())
     if not squares:
         raise ValueError("parts must name at least one batch, got none")
     value = effective * torch.stack(squares).mean().item() / len(like) ** 2

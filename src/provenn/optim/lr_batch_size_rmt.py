@@ -9,22 +9,20 @@ rate, momentum and damping that follow; and a scheduler that sets rate and momen
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from provenn.core.experiment.checks import check_integer
-from provenn.core.experiment.reports import Report
 from provenn.core.experiment.seeding import generator
 from provenn.core.numerics.krylov import Operator, lanczos
 from provenn.core.numerics.spectra import Spectrum
 from provenn.optim._lr_batch_size_rmt_products import Curvature, CurvatureMatrix, LossFn, measuring, noise_variance
+from provenn.optim._lr_batch_size_rmt_report import BatchCurvature, BatchHessianReport
 from provenn.optim._lr_batch_size_rmt_rules import (
-    Kind,
     critical_batch_size,
     effective_batch_size,
     max_learning_rate,
@@ -41,9 +39,6 @@ from provenn.optim._lr_batch_size_rmt_rules import (
     wishart_spike,
 )
 from provenn.optim._lr_batch_size_rmt_scheduler import SpectralLRScheduler
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = [
     "BatchHessianProbe",
@@ -67,120 +62,6 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class BatchCurvature(Report):
-    """The extreme curvature of batches of one size, measured (means over batches) and predicted.
-
-    Attributes:
-        batch: B.
-        effective_batch: 𝔟 = B/(1 − B/N).
-        sigma2: σ² from batches of this size; NaN at B = N.
-        largest_measured: Mean of λ₁(H_B).
-        largest_deviation: Its standard deviation over batches; 0 for a single batch.
-        largest_predicted: By the theorem.
-        smallest_measured: Mean of λ_P(H_B).
-        smallest_predicted: By the theorem.
-        overlap_measured: Mean of ⟨φ₁, φ₁ᴮ⟩².
-        overlap_predicted: By the theorem.
-        bulk_radius: Half the width of the noise's bulk.
-        max_lr_measured: 2/λ₁(H_B) of the measured mean; infinity if that is not positive.
-        max_lr_predicted: Likewise of the predicted one.
-    """
-
-    batch: int
-    effective_batch: float
-    sigma2: float
-    largest_measured: float
-    largest_deviation: float
-    largest_predicted: float
-    smallest_measured: float
-    smallest_predicted: float
-    overlap_measured: float
-    overlap_predicted: float
-    bulk_radius: float
-    max_lr_measured: float
-    max_lr_predicted: float
-
-
-@dataclass(frozen=True)
-class BatchHessianReport(Report):
-    """The curvature of all data and of its batches.
-
-    Attributes:
-        matrix: ``"hessian"`` or ``"ggn"``.
-        parameters: P.
-        samples: N.
-        sigma2: σ², the mean over batch sizes.
-        largest: λ₁ of all data.
-        smallest: λ_P of all data.
-        scale: Mean of all eigenvalues but the largest: s² of the Gauss–Newton matrix' theorem.
-        critical_batch: B*, from which on the largest stable rate is about flat; infinity without positive curvature.
-        max_lr: 2/λ₁, the largest stable rate on all data.
-        nodes: Ritz values of the spectrum of all data.
-        weights: Their weights.
-        batches: One entry a batch size.
-
-    Source: arXiv 2006.09092.
-    """
-
-    nested: ClassVar[dict[str, type[Report]]] = {"batches": BatchCurvature}
-
-    matrix: str
-    parameters: int
-    samples: int
-    sigma2: float
-    largest: float
-    smallest: float
-    scale: float
-    critical_batch: float
-    max_lr: float
-    nodes: tuple[float, ...]
-    weights: tuple[float, ...]
-    batches: tuple[BatchCurvature, ...]
-
-    def suggest_lr(self, lr: float, from_batch: int, to_batch: int, kind: Kind = "sgd") -> float:
-        """Carry a rate to another batch size by :func:`suggest_lr`, flat above this report's B*.
-
-        Args:
-            lr: The rate at ``from_batch``.
-            from_batch: Batch at which it is right.
-            to_batch: Batch to carry it to.
-            kind: ``"sgd"`` or ``"adaptive"``.
-
-        Returns:
-            The rate at ``to_batch``.
-
-        Raises:
-            ValueError: As :func:`suggest_lr`.
-        """
-        bound = max(1.0, self.critical_batch) if math.isfinite(self.critical_batch) else None
-        return suggest_lr(from_batch, to_batch, kind, lr=lr, critical_batch=bound, n=self.samples)
-
-    def plot(self) -> Figure:
-        """Draw measured and predicted λ₁ and largest stable rate by batch size, and the spectrum of all data."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(11, 3.5), layout="constrained")
-        edges, rates, density = figure.subplots(1, 3)
-        sizes = [one.batch for one in self.batches]
-        deviations = [one.largest_deviation for one in self.batches]
-        measured = [one.largest_measured for one in self.batches]
-        edges.errorbar(sizes, measured, deviations, fmt="o", label="measured")
-        edges.plot(sizes, [one.largest_predicted for one in self.batches], "-", label="predicted")
-        edges.axhline(self.largest, ls=":", color="gray", label="all data")
-        edges.set(xscale="log", xlabel="batch size", ylabel="largest eigenvalue")
-        rates.plot(sizes, [one.max_lr_measured for one in self.batches], "o", label="measured")
-        rates.plot(sizes, [one.max_lr_predicted for one in self.batches], "-", label="predicted")
-        if math.isfinite(self.critical_batch):
-            rates.axvline(self.critical_batch, ls=":", color="gray", label="critical batch")
-        rates.set(xscale="log", yscale="log", xlabel="batch size", ylabel="largest stable rate")
-        density.vlines(self.nodes, 0, self.weights)
-        density.set(yscale="log", xlabel="eigenvalue", ylabel="share of the spectrum")
-        edges.legend()
-        rates.legend()
-        return figure
-
-
 class _Extremes(NamedTuple):
     largest: float
     smallest: float
@@ -191,8 +72,9 @@ class _Extremes(NamedTuple):
 class BatchHessianProbe:
     """Measure how the curvature of batches exceeds that of all data, beside what random matrix theory predicts.
 
-    The theory takes σ² as spread evenly over all entries. A network's noise is concentrated in few directions, so that
-    the measured inflation of its λ₁ can be several times the predicted; both are reported.
+    The theory takes the noise as spread evenly over all P² entries. A network's is concentrated in few directions, its
+    top eigenvectors among them, so that the measured rise of λ₁ can be hundreds of times the predicted. The report has
+    both, and beside them the prediction from the noise along φ₁ alone, which that rise follows to second order.
 
     Args:
         model: The network; measured in eval mode and left as found.
@@ -209,7 +91,7 @@ class BatchHessianProbe:
             over samples, or the data set has fewer than 2.
 
     Cost: ``num_vectors · lanczos_steps`` products with the curvature of all data (about 4 passes each), and for each
-    size ``batches`` of them and ``batches · (lanczos_steps + 1)`` with that of a batch; memory of ``lanczos_steps``
+    size ``2 · batches`` of them and ``batches · (lanczos_steps + 2)`` with that of a batch; memory of ``lanczos_steps``
     vectors, and one more a batch of a size.
 
     Source: arXiv 2006.09092, theorems of the batch Hessian and of the batch Gauss–Newton matrix.
@@ -257,11 +139,13 @@ class BatchHessianProbe:
             whole = self._curvature.operator(everything)
             full = self._extremes(whole, self.num_vectors, draws)
             drawn = {batch: self._draw(batch, draws) for batch in dict.fromkeys(batch_sizes)}
-            variances = {batch: self._variance(whole, some, batch, draws) for batch, some in drawn.items() if batch < n}
-            pooled = list(variances.values())
-            if not pooled:
-                pooled = [self._variance(whole, self._draw(n // 2, draws), n // 2, draws)]
-            theory = _Theory(self._curvature.matrix, full, sum(pooled) / len(pooled), len(full.vector), n)
+            noisy = {batch: some for batch, some in drawn.items() if batch < n}
+            variances = {batch: self._variance(whole, some, batch, draws) for batch, some in noisy.items()}
+            if not noisy:
+                noisy = {n // 2: self._draw(n // 2, draws)}
+            pooled = variances or {n // 2: self._variance(whole, noisy[n // 2], n // 2, draws)}
+            along = [self._variance(whole, some, batch, draws, full.vector) for batch, some in noisy.items()]
+            theory = _Theory(self._curvature.matrix, full, _mean(pooled.values()), _mean(along), n)
             rows = tuple(
                 theory.compare(batch, variances.get(batch, math.nan), [self._extremes(one, 1, draws) for one in some])
                 for batch, some in drawn.items()
@@ -273,8 +157,15 @@ class BatchHessianProbe:
         picked = [torch.randperm(n, generator=draws)[:batch] for _ in range(self.batches)]
         return [self._curvature.operator(self._curvature.batches(one)) for one in picked]
 
-    def _variance(self, whole: Operator, parts: Sequence[Operator], batch: int, draws: torch.Generator) -> float:
-        return noise_variance(whole, parts, self._curvature.vector(), batch, self._curvature.samples, draws)
+    def _variance(
+        self,
+        whole: Operator,
+        parts: Sequence[Operator],
+        batch: int,
+        draws: torch.Generator,
+        direction: Tensor | None = None,
+    ) -> float:
+        return noise_variance(whole, parts, self._curvature.vector(), batch, self._curvature.samples, draws, direction)
 
     def _extremes(self, operator: Operator, starts: int, draws: torch.Generator) -> _Extremes:
         """Return the extreme Ritz values, the top Ritz vector, and the quadrature of the spectrum."""
@@ -299,10 +190,11 @@ class BatchHessianProbe:
 class _Theory:
     """What the theorems say of batches, given all data's spectrum and σ²."""
 
-    def __init__(self, matrix: str, full: _Extremes, sigma2: float, dim: int, n: int) -> None:
-        self.matrix, self.full, self.sigma2, self.dim, self.n = matrix, full, sigma2, dim, n
-        trace = full.spectrum.moment(1).item() * dim
-        self.scale = max(0.0, (trace - full.largest) / max(1, dim - 1))
+    def __init__(self, matrix: str, full: _Extremes, sigma2: float, sigma2_top: float, n: int) -> None:
+        self.matrix, self.full, self.sigma2, self.sigma2_top, self.n = matrix, full, sigma2, sigma2_top, n
+        self.dim = len(full.vector)
+        trace = full.spectrum.moment(1).item() * self.dim
+        self.scale = max(0.0, (trace - full.largest) / max(1, self.dim - 1))
 
     def compare(self, batch: int, sigma2: float, found: Sequence[_Extremes]) -> BatchCurvature:
         """Put the measurements of batches of one size beside the predictions."""
@@ -317,6 +209,7 @@ class _Theory:
             largest_measured=mean,
             largest_deviation=largest.std().item() if len(found) > 1 else 0.0,
             largest_predicted=high,
+            largest_along_top=spiked_wigner_edge(self.full.largest, self.sigma2_top, self.dim, batch, self.n),
             smallest_measured=sum(one.smallest for one in found) / len(found),
             smallest_predicted=low,
             overlap_measured=sum(overlaps) / len(overlaps),
@@ -351,15 +244,25 @@ class _Theory:
             parameters=self.dim,
             samples=self.n,
             sigma2=self.sigma2,
+            sigma2_top=self.sigma2_top,
             largest=top,
             smallest=self.full.smallest,
             scale=self.scale,
-            critical_batch=critical_batch_size(top, self.sigma2, self.dim, self.n) if top > 0 else math.inf,
+            critical_batch=self._critical(self.sigma2),
+            critical_batch_top=self._critical(self.sigma2_top),
             max_lr=_rate(top),
             nodes=tuple(self.full.spectrum.nodes.tolist()),
             weights=tuple(self.full.spectrum.weights.tolist()),
             batches=rows,
         )
+
+    def _critical(self, sigma2: float) -> float:
+        top = self.full.largest
+        return critical_batch_size(top, sigma2, self.dim, self.n) if top > 0 else math.inf
+
+
+def _mean(values: Collection[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _rate(lam: float) -> float:

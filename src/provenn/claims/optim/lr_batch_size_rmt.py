@@ -124,18 +124,26 @@ def _inflation(trial: Trial) -> Iterator[Event]:
         seed=trial.seed,
     )
     report = probe.report((8, 16, 32, 64, 128, 256, 512))
-    rises, predicted = [], []
+    rises, predicted, along = [], [], []
     for one in report.batches:
-        rises.append(max(one.largest_measured - report.largest, 1e-12))
+        rises.append(one.largest_measured - report.largest)
         predicted.append(one.largest_predicted - report.largest)
+        along.append(one.largest_along_top - report.largest)
         yield Point("inflation, measured", one.effective_batch, rises[-1])
         yield Point("inflation, predicted", one.effective_batch, predicted[-1])
-    inverse = [1 / one.effective_batch for one in report.batches]
-    yield Metric("slope", _slope(inverse, rises))
-    yield Metric("slope of the formula", _slope(inverse, predicted))
-    yield Metric("measured over predicted", float(np.exp(np.mean(np.log(rises) - np.log(predicted)))))
+    # A mean over batches can fall below the full data's eigenvalue where the rise is smaller than its spread.
+    risen = [place for place, rise in enumerate(rises) if rise > 0]
+    inverse = [1 / report.batches[place].effective_batch for place in risen]
+    measured, formula, top = ([values[place] for place in risen] for values in (rises, predicted, along))
+    yield Metric("batch sizes without a rise", len(rises) - len(risen))
+    yield Metric("slope", _slope(inverse, measured) if len(risen) > 1 else math.nan)
+    yield Metric("measured over predicted", float(np.exp(np.mean(np.log(measured) - np.log(formula)))))
+    yield Metric(
+        "measured over that of the noise along the top", float(np.exp(np.mean(np.log(measured) - np.log(top))))
+    )
     yield Metric("largest eigenvalue", report.largest)
     yield Metric("critical batch", report.critical_batch)
+    yield Metric("critical batch, noise along the top eigenvector", report.critical_batch_top)
 
 
 def _images(trial: Trial) -> tuple[Tensor, Tensor]:
@@ -279,7 +287,9 @@ CLAIM = Claim(
         "(a) draws 20 matrices a seed; its spikes are at 3, 2 and 1.5 thresholds, and the rule looks at the largest.",
         "(b) SGD has no momentum; 27 rates from 2⁻⁷ (SGD) or 2⁻¹¹ (Adam) up, by factors of √2; a run counts as stable "
         "by its final loss alone.",
-        "(c) is measured after 10 epochs of Adam at 0.01.",
+        "(c) is measured after 10 epochs of Adam at 0.01. Batch sizes whose mean eigenvalue is not above the full "
+        "data's have no logarithm and are left out. That was settled after a first run, which had put 1e-12 for one "
+        "such size of one seed: slopes of 0.95, 3.23 and 1.05, and the same outcome.",
         "(d) the learner has no settings to tune; the six constant rates all run on the seeds that count, so that the "
         "best of them is picked on the test itself, in the baseline's favour. Batches hold 64 samples; the learner "
         "measures 256 once an epoch, and corrects for the difference.",
