@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 
@@ -171,3 +172,16 @@ class TestMismatches:
         assert collect.mismatches(twice) == ["provenn.optim.One names 2 cases; give them labels"]
         told_apart = [*self.cases(), OptimizerCase("provenn.optim.One", int, label="other")]
         assert collect.mismatches(told_apart) == []
+
+
+def test_what_a_test_file_defines_can_be_pickled(tmp_path):
+    path = tmp_path / "optim" / "test_pickled.py"
+    path.parent.mkdir()
+    path.write_text("class Own:\n    pass\n\n\nCASES = []\n")
+    name = "provenn_cases.optim.test_pickled"
+    try:
+        collect.cases_in(path)
+        own = sys.modules[name].Own
+        assert isinstance(pickle.loads(pickle.dumps(own())), own)
+    finally:
+        sys.modules.pop(name, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from provenn.catalog.card import AREAS, Card, cards
 from provenn.contracts.case import Case
@@ -29,7 +30,10 @@ def cases_in(path: Path) -> list[Case]:
         if spec is None or spec.loader is None:
             raise ValueError(f"path must be a Python file, got {path}")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # so that what the file defines can be pickled
+        # So that what the file defines can be pickled: pickle imports the module's parents too.
+        for parent in ("provenn_cases", f"provenn_cases.{path.parent.name}"):
+            sys.modules.setdefault(parent, ModuleType(parent))
+        sys.modules[name] = module
         try:
             spec.loader.exec_module(module)
         except BaseException:
