@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -26,7 +26,15 @@ from provenn.claims.claim import (
     Tuning,
     Verdict,
 )
-from provenn.claims.optim._target_surrogates_problems import CANCER, DIGITS, IMITATION, RANKS, Problem, build
+from provenn.claims.optim._target_surrogates_problems import (
+    CANCER,
+    DIGITS,
+    IMITATION,
+    RANKS,
+    Problem,
+    TargetLoss,
+    build,
+)
 from provenn.optim import SSO, ArmijoGD
 
 METHOD, TEN, ONE, SEARCH = "SSO, m = 20", "SSO, m = 10", "SSO, m = 1", "SSO-SLS"
@@ -60,6 +68,7 @@ class Stepper:
             self._optimizer = SSO(params, size, INNER_STEPS[arm], target_line_search=arm == SEARCH)
         else:
             search = partial(ArmijoGD, n_batches=problem.batches)
+            made: dict[str, Callable[..., torch.optim.Optimizer]]
             made = {SGD: torch.optim.SGD, ADAM: torch.optim.Adam, SLS: search}
             self._optimizer = made[arm](params, lr=size)
 
@@ -76,10 +85,10 @@ class Stepper:
             # The first step computes its targets twice, to see that they repeat.
             self.oracle, self.passes = calls.oracle, _FORWARD * (calls.forward - 1) + _BACKWARD * calls.backward
         else:
-            self._optimizer.step(partial(self._loss, x, target_loss))
+            self._optimizer.step(partial(self._loss, x, target_loss))  # type: ignore[arg-type]
 
-    def _loss(self, x: Tensor, target_loss: object) -> Tensor:
-        loss: Tensor = target_loss(self._problem.model(x))  # type: ignore[operator]
+    def _loss(self, x: Tensor, target_loss: TargetLoss) -> Tensor:
+        loss = target_loss(self._problem.model(x))
         if not loss.isfinite() and torch.is_grad_enabled():
             raise RuntimeError("the loss is not finite")
         self.passes += _FORWARD
@@ -172,7 +181,7 @@ def judge(evidence: Evidence) -> Verdict:
 _SIZES = tuple({"size": 10.0**power} for power in range(-3, 4))
 # Settings that run anywhere come first, for the tier that does not tune.
 _TUNING = Tuning(
-    tuple(sorted(_SIZES, key=lambda one: abs(math.log10(one["size"]) + 1.5))), metric="excess", maximize=False
+    tuple(sorted(_SIZES, key=lambda one: abs(math.log10(float(one["size"])) + 1.5))), metric="excess", maximize=False
 )
 
 
