@@ -614,6 +614,7 @@ def test_without_a_horizon_the_epochs_double_and_go_on_from_the_mixture():
         optimizer.step()
         lengths.append(optimizer.held["length"])
         if optimizer.held["left"] == optimizer.held["length"]:
+            assert optimizer.held["variation"] == 0
             torch.testing.assert_close(optimizer.held["carried"], point.detach().expand_as(optimizer.held["carried"]))
     assert [lengths[i] for i in (62, 63, 190, 191)] == [64, 128, 128, 256]
 

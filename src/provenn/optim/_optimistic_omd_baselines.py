@@ -193,7 +193,26 @@ class PastGradient(_Baseline):
         return torch.add(held["point"], 2 * gradient - held["last"], alpha=-rate)
 
 
-class FTRL(_Baseline):
+class _Leader(_Baseline):
+    """A method that plays the minimizer of all gradients so far and a regularizer around an anchor."""
+
+    points = ("point", "anchor")
+    directions = ("last", "total")
+
+    def _lead(self, gradient: Tensor, guess: Tensor | None) -> Tensor:
+        held = self.held
+        held["total"] = held["total"] + gradient
+        total = held["total"] if guess is None else held["total"] + guess
+        if self.strong_convexity is None:
+            rate = self._over_root(self._delta() + 4 * self._bound() ** 2 + held["variation"])
+        else:
+            # The anchor is then the mean of the points played.
+            held["anchor"] = torch.lerp(held["anchor"], held["point"], 1 / held["steps"])
+            rate = 1 / (self.strong_convexity * held["steps"])
+        return torch.add(held["anchor"], total, alpha=-rate)
+
+
+class FTRL(_Leader):
     """Follow the regularized leader, x_{t+1} = argmin Σ_{s≤t} ⟨g_s, x⟩ + ‖x − x_1‖²/(2η_{t+1}).
 
     η_{t+1} = D/√(4G² + Σ_{s≤t} ‖g_s‖²). For strongly convex losses the regularizer is (λ/2) Σ_{s≤t} ‖x − x_s‖².
@@ -219,9 +238,6 @@ class FTRL(_Baseline):
     Source: McMahan, arXiv 1403.3465.
     """
 
-    points = ("point", "anchor")
-    directions = ("last", "total")
-
     def __init__(
         self,
         params: ParamsT,
@@ -237,20 +253,8 @@ class FTRL(_Baseline):
         self.held["variation"] += square
         return self._lead(gradient, None)
 
-    def _lead(self, gradient: Tensor, guess: Tensor | None) -> Tensor:
-        held = self.held
-        held["total"] = held["total"] + gradient
-        total = held["total"] if guess is None else held["total"] + guess
-        if self.strong_convexity is None:
-            rate = self._over_root(self._delta() + 4 * self._bound() ** 2 + held["variation"])
-        else:
-            # The anchor is then the mean of the points played.
-            held["anchor"] = torch.lerp(held["anchor"], held["point"], 1 / held["steps"])
-            rate = 1 / (self.strong_convexity * held["steps"])
-        return torch.add(held["anchor"], total, alpha=-rate)
 
-
-class OptimisticFTRL(FTRL):
+class OptimisticFTRL(_Leader):
     """Follow the regularized leader with the last gradient counted once more, as a guess of the next.
 
     η_{t+1} = D/√(10 D²L² + 4G² + Σ_{s≤t} ‖g_s − g_{s−1}‖²). For strongly convex losses the regularizer is that of
@@ -289,7 +293,7 @@ class OptimisticFTRL(FTRL):
         strong_convexity: float | None = None,
         strict: bool = False,
     ) -> None:
-        _Baseline.__init__(self, params, domain, diameter, lipschitz, smoothness, strong_convexity, strict)
+        super().__init__(params, domain, diameter, lipschitz, smoothness, strong_convexity, strict)
 
     def _next(self, gradient: Tensor, square: float, wrong: float) -> Tensor:
         self.held["variation"] += wrong

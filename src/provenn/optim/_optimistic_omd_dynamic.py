@@ -93,6 +93,7 @@ class DynamicOptimisticOMD(OnlineOptimizer):
         rates = torch.tensor(self._grid(length), dtype=start.dtype, device=start.device)
         rows = start.expand(len(rates), -1)
         return {
+            "variation": 0.0,
             "length": length,
             "left": length,
             "rates": rates,
