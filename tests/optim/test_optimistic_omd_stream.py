@@ -182,7 +182,7 @@ def test_convex_regret_is_below_the_bounds(kind):
         assert report.expected_regret <= report.convex_bound
 
 
-def test_the_convex_bound_has_its_published_constants():
+def test_the_bounds_written_out():
     stream = SEAStream("drifting", dim=3, rounds=10, sigma=0.4, drift=0.2, loss="quadratic")
     report = sea_report(stream, against(stream, lambda p: OptimisticOMD(p, stream.domain)))
     D, G = 2.0, stream.lipschitz

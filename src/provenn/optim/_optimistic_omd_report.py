@@ -106,8 +106,8 @@ def sea_report(
 
     Cost: O(T d), in self-play O(T d²); times ``samples`` where those are asked for.
 
-    Source: arXiv 2302.04552, the definitions and the three theorems. The bounds are those that the theorems' proofs
-    give, with all constants; Σ² counts from the second round, the first gradient counts in the terms with G.
+    Source: arXiv 2302.04552, the definitions and the three theorems. The bounds are derived anew along the theorems'
+    proofs, with all constants; Σ² counts from the second round, the first gradient counts in the terms with G.
     """
     if samples is not None:
         check_integer("samples", samples, at_least=2)

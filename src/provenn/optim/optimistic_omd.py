@@ -114,8 +114,8 @@ class OptimisticOMD(OnlineOptimizer):
     Cost: two projections and a few passes a step, O(d); state 2d numbers. ``exp-concave`` keeps H and its inverse,
     2d² numbers, by rank-one updates, O(d²) a step, and O(d³) where a projection moves the point.
 
-    Source: arXiv 2302.04552, optimistic OMD and its three theorems. The constants were derived anew from the proofs'
-    steps, since no code is public; they match the published bounds.
+    Source: arXiv 2302.04552, optimistic OMD and its three theorems. No code is public, and the paper's text was
+    not at hand: the constants of the bounds are derived anew along the proofs.
     """
 
     points = ("carried",)
