@@ -46,14 +46,14 @@ def parameter(*shape, seed=0):
 def evaluated(z, params, closure):
     """A closure's loss at parameters z laid end to end, as a function of z to first order."""
     kept = [one.detach().clone() for one in params]
-    sizes = [one.numel() for one in params]
-    for one, piece in zip(params, z.detach().split(sizes), strict=True):
-        one.data.copy_(piece.view(one.shape))
+    pieces = z.detach().split([one.numel() for one in params])
+    with torch.no_grad():
+        torch._foreach_copy_(params, [piece.view_as(one) for piece, one in zip(pieces, params, strict=True)])
     with torch.enable_grad():
         loss = closure().detach()
     gradient = torch.cat([(torch.zeros_like(one) if one.grad is None else one.grad).flatten() for one in params])
-    for one, value in zip(params, kept, strict=True):
-        one.data.copy_(value)
+    with torch.no_grad():
+        torch._foreach_copy_(params, kept)
     return loss + (gradient * (z - z.detach())).sum()
 
 
@@ -75,8 +75,8 @@ def on_parameters(params, **options):
     return OnParameters(params, **{"eta": 0.1, "inner_steps": 2, "inner": quick, "reduction": "sum", **options})
 
 
-WARMUP = 600  # until torch's caches of Python objects are full
-quick = functools.partial(ArmijoGD, lr=0.1)
+WARMUP = 1500  # torch keeps up to 256 objects for the hooks around an optimizer's steps, of which here are two
+quick = functools.partial(ArmijoGD, lr=0.1, shrink=0.5, max_trials=12)
 
 NOT_ITS = {
     "none_gradients": "it computes gradients itself, by the closure",
