@@ -30,6 +30,7 @@ from provenn.claims.claim import (
 from provenn.claims.optim._lr_batch_size_rmt_grid import SIZES, final_losses
 from provenn.core.experiment.networks import mlp
 from provenn.core.experiment.seeding import generator, seeded
+from provenn.core.experiment.statistics import Interval
 from provenn.core.experiment.training import minibatches, train
 from provenn.optim import BatchHessianProbe, SpectralLRScheduler, spiked_wigner_edge
 
@@ -219,7 +220,7 @@ def judge(evidence: Evidence) -> Verdict:
         f"{large:.2f} for B ≥ 64, Adam {adam:.2f} for B ≤ 64; (c) slope of the inflation {slope:.2f}; (d) final loss "
         f"{ours:.3g} against {losses[best]:.3g} with {best}; holds: {', '.join(k for k in holds if holds[k]) or 'none'}"
     )
-    margins = {
+    margins: dict[str, Interval | float] = {
         "error of λ₁": error,
         "SGD slope, B ≤ 8": small,
         "SGD slope, B ≥ 64": large,
