@@ -232,8 +232,9 @@ def spiked_wishart_overlap(lam: float, scale: float, dim: int, batch: float, n: 
 def critical_batch_size(lam: float, sigma2: float, dim: int, n: int | None = None) -> float:
     """Return B*, the batch from which on the largest stable rate is about flat: 𝔟 = Pσ²/λ₁².
 
-    At B* the spike meets the noise's bulk, and a batch's largest eigenvalue is twice the full data's. For a network, whose
-    noise is not spread evenly, give σ² measured along the top eigenvector: :func:`noise_variance` with ``direction``.
+    At B* the spike meets the noise's bulk, and a batch's largest eigenvalue is twice the full data's. For a network,
+    whose noise is not spread evenly, give σ² measured along the top eigenvector: :func:`noise_variance` with
+    ``direction``.
 
     Args:
         lam: λ₁ of the full data's matrix.

@@ -44,8 +44,8 @@ class SpectralLRScheduler(LRScheduler):
     denominators √v̂ + ε (before the first step |gradient| + ε), and μ is β₁; where the optimizer averages gradients, lr
     is divided by 1 − β₁ (by 1 − dampening). Weight decay is not counted.
 
-    The optimum is a quadratic's with exact gradients: at the edge of stability, with no room for the noise of batches or
-    for curvature that rises before the next measurement. On small noisy batches give ``lr_max``, or a shorter interval.
+    The optimum is a quadratic's with exact gradients: at the edge of stability, with no room for the noise of batches
+    or for curvature that rises before the next measurement. On small batches bound it by ``lr_max``.
 
     It measures at construction and then at every ``interval``-th ``step()``; all parameter groups get the same values.
 
