@@ -277,7 +277,7 @@ CASES = [
     ),
     FunctionCase(
         part="provenn.optim.SEAReport",
-        call=lambda: SEAReport(*[0] * 18),
+        call=lambda: SEAReport(1, True, *[0.0] * 10, (), (), *[0.0] * 4),
         bad_input_reason="a record of what sea_report has measured",
     ),
     ProbeCase(

@@ -740,7 +740,8 @@ def test_global_shares_are_those_of_the_small_weights():
     small, large = parameter(2000), parameter(1000, seed=1)
     with torch.no_grad():
         large.mul_(3)
-    optimizer = ZerothOrder([small, large], sparsity=0.4, sparsity_by="global", exact_restore=True)
+    options = {"sparsity": 0.4, "sparsity_by": "global", "exact_restore": True}
+    optimizer = ZerothOrder([small, large], generator=seeded(3), **options)
     sizes = np.concatenate([one.detach().abs().numpy() for one in (small, large)])
     threshold = np.quantile(sizes, 0.4)
     expected = [(one.detach().abs().numpy() <= threshold).mean() for one in (small, large)]

@@ -121,22 +121,15 @@ class Conv2dFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out):
         x, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
         low = grad_out.dtype
-
-        def plain(grad, inputs, weights, mask):
-            sizes = None if ctx.bias is None else ctx.bias[0]
-            back = torch.ops.aten.convolution_backward
-            return back(grad, inputs, weights, sizes, stride, padding, dilation, False, [0, 0], groups, mask)
-
         wide, wide_grad, wide_weight = _wide(x, grad_out, weight)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         at_once = wide.dtype == low and needs_weight  # else the weight's gradient needs a wider type than the others
-        into_x, gradient, into_bias = plain(grad_out, x.to(low), weight.to(low), [needs_x, at_once, needs_bias])
+        into_x, gradient, into_bias = _plain(grad_out, x.to(low), weight.to(low), ctx, [needs_x, at_once, needs_bias])
         into_weight = None
         if needs_weight:
             if not at_once:
-                gradient = plain(wide_grad, wide, wide_weight, [False, True, False])[1]
+                gradient = _plain(wide_grad, wide, wide_weight, ctx, [False, True, False])[1]
             solved = _solve_patches(gradient, wide, ctx.geometry, grad_out.shape[2:].numel(), ctx.lambda_)
             into_weight = solved.to(weight.dtype)
         return (
@@ -145,6 +138,14 @@ class Conv2dFunction(torch.autograd.Function):
             None if into_bias is None else into_bias.to(ctx.bias[1]),
             *[None] * 5,
         )
+
+
+def _plain(grad_out: Tensor, x: Tensor, weight: Tensor, ctx: Any, mask: list[bool]) -> Any:
+    """Return the ordinary gradients of a convolution's input, weight and bias, those that the mask asks for."""
+    stride, padding, dilation, groups = ctx.geometry
+    sizes = None if ctx.bias is None else ctx.bias[0]
+    back = torch.ops.aten.convolution_backward
+    return back(grad_out, x, weight, sizes, stride, padding, dilation, False, [0, 0], groups, mask)
 
 
 def _solve_patches(plain: Tensor, x: Tensor, geometry: Any, places: int, lambda_: float) -> Tensor:
@@ -156,17 +157,14 @@ def _solve_patches(plain: Tensor, x: Tensor, geometry: Any, places: int, lambda_
         return torch.zeros_like(plain)
     flat = plain.reshape(groups, -1, inputs)
 
-    def patches(part: Tensor) -> Tensor:
-        return unfold(part, kernel, dilation, padding, stride).unflatten(1, (groups, inputs))
-
     if rows < inputs:
-        a = _rows(patches(x))
+        a = _rows(unfold(x, kernel, dilation, padding, stride).unflatten(1, (groups, inputs)))
         solved = torch.stack([_solve(one, own, lambda_) for one, own in zip(flat, a, strict=True)])
     else:
         size = max(1, _PATCH_ENTRIES // (places * inputs * groups))
         gram = flat.new_zeros(groups, inputs, inputs)
         for part in x.split(size):
-            gram += _gram(patches(part))
+            gram += _gram(unfold(part, kernel, dilation, padding, stride).unflatten(1, (groups, inputs)))
         solved = torch.cholesky_solve(flat.mT, _ridge(gram.div_(rows), lambda_)).mT
     return solved.reshape(plain.shape)
 
