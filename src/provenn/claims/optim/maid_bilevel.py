@@ -148,9 +148,9 @@ def _listed(ratios: Mapping[str, Interval]) -> str:
     return ", ".join(f"{study} {ratio}" for study, ratio in ratios.items())
 
 
-_QUADRATIC = {"size": 10, "rows": 1000, "work": 20_000, "lower_max_iter": 100}
-_DIGITS = {"training": 600, "work": 1000, "lower_max_iter": 100}
-_TV = {"images": 6, "side": 32, "work": 1000, "lower_max_iter": 100}
+_QUADRATIC = {"size": 10, "rows": 1000, "work": 20_000, "lower_max_iter": 300}
+_DIGITS = {"training": 600, "work": 4000, "lower_max_iter": 300}
+_TV = {"images": 6, "side": 32, "work": 3000, "lower_max_iter": 300}
 _FULL = {"work": 1_000_000, "lower_max_iter": 2000}
 
 CLAIM = Claim(
@@ -214,9 +214,10 @@ CLAIM = Claim(
     run=run,
     judge=judge,
     deviations=(
-        "The budgets count 20 000, 1000 and 1000 lower-level plus CG iterations where the paper's run to 10⁶ "
-        "lower-level ones; a lower solve may take 100, not 2000, of them; three draws of the quadratic, not five; "
-        "images of 32 × 32 pixels, not 64 × 64. All arms alike.",
+        "The budgets count 20 000, 4000 and 3000 lower-level plus CG iterations where the paper's run to 10⁶ "
+        "lower-level ones; a lower solve may take 300, not 2000, of them; three draws of the quadratic, not five; "
+        "images of 32 × 32 pixels, not 64 × 64. All arms alike. A first run had 1000 iterations for digits and images "
+        "and solves of at most 100, and was not reproduced: MAID's worst over best 1.43, 1.42 and 3.55.",
         "ρ = τ = ½, as in the authors' scripts for quadratic, TV and field of experts: with ρ = 0.9 no line search of "
         "this length could come down from β₀ = 100.",
         "HOAG takes the adaptive step of the authors' code from β₀, but goes back where the loss rose by a fifth.",
