@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from provenn.core.experiment.checks import check_integer, check_number
 from provenn.core.experiment.recording import evaluating
 from provenn.core.experiment.seeding import generator as generator_of
-from provenn.core.experiment.training import Epoch, completed, minibatches, train
+from provenn.core.experiment.training import Epoch, minibatches, run_to_end, train
 from provenn.generative._dale_langevin_losses import MultiplicativeScoreLoss, Weighting
 from provenn.generative._dale_langevin_process import GeometricBrownianSDE, expand
 
@@ -36,7 +37,7 @@ class ScoreTraining:
     history: tuple[Epoch, ...]
 
 
-class _ScoreTrainer:
+class _ScoreTrainer(ABC):
     """Adam on a denoising loss, with an average of the weights; subclasses say how data are noised."""
 
     average: nn.Module
@@ -77,11 +78,7 @@ class _ScoreTrainer:
         Raises:
             ValueError: The data do not fit the process, or the checkpoint does not fit this run.
         """
-        history = completed(checkpoint)
-        for epoch in self.epochs_on(data, checkpoint):
-            history.append(epoch)
-            if progress is not None:
-                progress(epoch)
+        history = run_to_end(self.epochs_on(data, checkpoint), checkpoint, progress)
         return ScoreTraining(self.model, self.average, tuple(history))
 
     def epochs_on(self, data: Float[Tensor, "samples *shape"], checkpoint: str | Path | None = None) -> Iterator[Epoch]:
@@ -128,13 +125,13 @@ class _ScoreTrainer:
 
         yield from train(both, optimizer, batches, self._loss, epochs=self.epochs, update=update, checkpoint=checkpoint)
 
+    @abstractmethod
     def _check(self, data: Tensor) -> None:
         """Raise an error, or warn, where data do not fit the noise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _loss(self, x: Tensor, shares: Tensor, noise: Tensor) -> Tensor:
         """Return the mean loss of a batch at times that are shares of the way to the end."""
-        raise NotImplementedError
 
 
 class MultiplicativeDiffusionTrainer(_ScoreTrainer):

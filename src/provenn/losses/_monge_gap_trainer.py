@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_integer, check_number
 from provenn.core.experiment.seeding import generator, seeded
-from provenn.core.experiment.training import Epoch, completed, predict, train
+from provenn.core.experiment.training import Epoch, predict, run_to_end, train
 from provenn.losses._monge_gap_costs import check_clouds
 
 Schedule = Callable[[int], float]
@@ -124,19 +124,15 @@ class MongeMapEstimator:
         if self.reference is not None:
             check_clouds(source, self.reference, ("source", "reference"))
         optimizer = torch.optim.Adam(self.model.parameters(), lr=self.lr)
-        history = completed(checkpoint)
-        for record in train(
+        records = train(
             self.model,
             optimizer,
             lambda index: self._batches(source, target, index),
             self._loss,
             epochs=-(-self.steps // self.log_every),
             checkpoint=checkpoint,
-        ):
-            history.append(record)
-            if progress is not None:
-                progress(record)
-        return MapTraining(history, self.model)
+        )
+        return MapTraining(run_to_end(records, checkpoint, progress), self.model)
 
     def transform(self, x: Float[Tensor, "n d"], batch_size: int = 4096) -> Float[Tensor, "n d"]:
         """Return the images of points, in evaluation mode and without gradients.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_integer, check_number
 from provenn.core.experiment.seeding import generator, seeded
-from provenn.core.experiment.training import Epoch, completed, minibatches, train
+from provenn.core.experiment.training import Epoch, minibatches, run_to_end, train
 from provenn.losses._sface_heads import SphereHead
 from provenn.losses._sface_verification import mirror_embedding
 
@@ -148,8 +148,7 @@ class FaceTrainer:
         steps = max(1, len(images) // self.batch_size)
         optimizer = torch.optim.SGD(self._groups(), lr=self.lr, momentum=self.momentum)
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [steps * one for one in self.milestones], gamma=0.1)
-        history = completed(checkpoint)
-        for epoch in train(
+        epochs = train(
             self.model,
             optimizer,
             lambda index: self._batches(images, labels, index),
@@ -157,11 +156,8 @@ class FaceTrainer:
             epochs=self.epochs,
             scheduler=scheduler,
             checkpoint=checkpoint,
-        ):
-            history.append(epoch)
-            if progress is not None:
-                progress(epoch)
-        return FaceTraining(history, self.model)
+        )
+        return FaceTraining(run_to_end(epochs, checkpoint, progress), self.model)
 
     def embed(
         self, images: Float[Tensor, "images channels height width"], batch_size: int = 256

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_integer, check_number
 from provenn.core.experiment.seeding import generator, seeded
-from provenn.core.experiment.training import Epoch, completed, predict, train
+from provenn.core.experiment.training import Epoch, predict, run_to_end, train
 from provenn.losses._susana_losses_episodes import Episode, EpisodeSampler
 
 Progress = Callable[[Epoch], None]
@@ -158,8 +158,7 @@ class ProtoNetTrainer:
         EpisodeSampler(labels, self.way, self.shot, self.query)  # says early what is too few
         optimizer = self._optimizer(self.encoder.parameters(), lr=self.lr)
         falls = torch.optim.lr_scheduler.StepLR(optimizer, self.step_size * self.episodes, self.gamma)
-        history = completed(checkpoint)
-        for epoch in train(
+        epochs = train(
             self.encoder,
             optimizer,
             lambda index: self._batches(x, labels, index),
@@ -167,11 +166,8 @@ class ProtoNetTrainer:
             epochs=self.epochs,
             scheduler=falls,
             checkpoint=checkpoint,
-        ):
-            history.append(epoch)
-            if progress is not None:
-                progress(epoch)
-        return ProtoNetTraining(history, self.encoder)
+        )
+        return ProtoNetTraining(run_to_end(epochs, checkpoint, progress), self.encoder)
 
     def _batches(self, x: Tensor, labels: Tensor, epoch: int) -> Iterator[tuple[Tensor]]:
         sampler = EpisodeSampler(labels, self.way, self.shot, self.query, generator(self.seed, "episodes", epoch))

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from provenn.core.experiment.checkpoints import Epoch, completed
+from provenn.core.experiment.checkpoints import Epoch
 from provenn.core.experiment.checks import check_integer, check_number
 from provenn.core.experiment.seeding import generator
-from provenn.core.experiment.training import Batch, train
+from provenn.core.experiment.training import Batch, run_to_end, train
 from provenn.optim._target_surrogates_sso import SSO
 
 Expert = Callable[[Tensor], Tensor]
@@ -211,7 +211,6 @@ class ImitationTrainer:
             ValueError: A checkpoint of another run.
             FloatingPointError: The loss is no finite number any more.
         """
-        history = completed(checkpoint)
         rounds = train(
             self.policy,
             self.optimizer,
@@ -221,11 +220,7 @@ class ImitationTrainer:
             update=self._update,
             checkpoint=checkpoint,
         )
-        for epoch in rounds:
-            history.append(epoch)
-            if progress is not None:
-                progress(epoch)
-        return ImitationResult(history, self.policy)
+        return ImitationResult(run_to_end(rounds, checkpoint, progress), self.policy)
 
     @torch.no_grad()
     def rollout(self, draws: torch.Generator) -> Float[Tensor, "samples states"]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_choice, check_integer, check_number
 from provenn.core.experiment.seeding import generator, seeded
-from provenn.core.experiment.training import Epoch, completed, minibatches, train
+from provenn.core.experiment.training import Epoch, minibatches, run_to_end, train
 
 Embedding = Literal["onehot", "learned", "prototype"]
 Progress = Callable[[Epoch], None]
@@ -126,12 +126,8 @@ def fit_epochs(
 ) -> list[Epoch]:
     """Train a model's parameters by AdamW, and report after every epoch; return the history."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, foreach=True)
-    history = completed(checkpoint)
-    for epoch in train(model, optimizer, batches, loss, epochs=settings.epochs, checkpoint=checkpoint):
-        history.append(epoch)
-        if progress is not None:
-            progress(epoch)
-    return history
+    epochs = train(model, optimizer, batches, loss, epochs=settings.epochs, checkpoint=checkpoint)
+    return run_to_end(epochs, checkpoint, progress)
 
 
 class ClassEmbeddings(nn.Module):

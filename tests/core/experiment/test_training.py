@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from provenn.core.experiment.training import Epoch, accuracy, minibatches, predict, train
+from provenn.core.experiment.training import Epoch, accuracy, minibatches, predict, run_to_end, train
 
 
 def regression(sizes, seed=0):
@@ -397,3 +397,28 @@ class TestAccuracy:
     def test_shape_of_labels(self):
         with pytest.raises(ValueError, match=r"labels .*\(4,\).*\(4, 1\)"):
             accuracy(nn.Identity(), torch.zeros(4, 2), torch.zeros(4, 1, dtype=torch.long))
+
+
+def test_running_to_the_end_returns_what_was_trained_before_too(tmp_path):
+    saved, seen = tmp_path / "half.pt", []
+    batches = regression((4, 4))
+
+    def epochs(model, optimizer, count):
+        return train(model, optimizer, lambda epoch: batches, squared_error, epochs=count, checkpoint=saved)
+
+    first = line()
+    run_to_end(epochs(first, sgd(first), 2), saved)
+    again = line()
+    history = run_to_end(epochs(again, sgd(again), 5), saved, seen.append)
+    assert [one.index for one in history] == [0, 1, 2, 3, 4]
+    assert [one.index for one in seen] == [2, 3, 4]
+
+
+def test_what_progress_raises_ends_the_run():
+    model = line()
+
+    def stop(epoch):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_to_end(train(model, sgd(model), lambda epoch: regression((4,)), squared_error, epochs=3), progress=stop)

@@ -22,7 +22,7 @@ from provenn.core.experiment.checkpoints import Epoch, Stateful, completed, resu
 from provenn.core.experiment.checks import check_integer
 from provenn.core.experiment.recording import evaluating
 
-__all__ = ["Batch", "Epoch", "Loss", "Update", "accuracy", "completed", "minibatches", "predict", "train"]
+__all__ = ["Batch", "Epoch", "Loss", "Update", "accuracy", "completed", "minibatches", "predict", "run_to_end", "train"]
 
 Batch = Sequence[Tensor]
 Loss = Callable[..., Tensor]
@@ -121,6 +121,27 @@ def train(
             f"update takes over the whole step: leave out accumulate and autocast, got {accumulate} and {autocast}"
         )
     return _epochs(model, optimizer, batches, loss, epochs, scheduler, accumulate, autocast, update, checkpoint)
+
+
+def run_to_end(
+    epochs: Iterable[Epoch], checkpoint: str | Path | None = None, progress: Callable[[Epoch], None] | None = None
+) -> list[Epoch]:
+    """Run a training to its end and return its whole history, the epochs before an interruption included.
+
+    Args:
+        epochs: What :func:`train` returned, not begun yet.
+        checkpoint: The file that it was given.
+        progress: Called after every epoch, once it is saved; what it raises ends the training.
+
+    Raises:
+        ValueError: As :func:`completed`, and as the training.
+    """
+    history = completed(checkpoint)
+    for epoch in epochs:
+        history.append(epoch)
+        if progress is not None:
+            progress(epoch)
+    return history
 
 
 def _epochs(
