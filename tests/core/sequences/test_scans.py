@@ -1,0 +1,249 @@
+"""Linear recurrences in parallel against the loop that their equation is."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from provenn.core.sequences.graph_scans import AcyclicSchedule, GridTransitions, acyclic_recurrence, grid_recurrence
+from provenn.core.sequences.scans import associative_scan, linear_recurrence, matrix_recurrence
+
+METHODS = ("sequential", "chunked", "associative", "auto")
+LENGTHS = (1, 2, 3, 4, 7, 9, 16, 17, 33, 64, 101)
+TYPES = (torch.float64, torch.complex128)
+
+
+def randn(*shape, seed=0, dtype=torch.float64, grad=False):
+    draws = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=draws, dtype=dtype).requires_grad_(grad)
+
+
+def loop(gates, inputs, initial):
+    state, states = initial, []
+    for step in range(inputs.shape[1]):
+        state = gates[:, step] * state + inputs[:, step]
+        states.append(state)
+    return torch.stack(states, 1)
+
+
+def gradients(output, *inputs, seed=9):
+    weights = randn(*output.shape, seed=seed, dtype=output.dtype)
+    return torch.autograd.grad((output * weights).sum().abs(), inputs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_every_method_is_the_loop_and_so_are_its_gradients(method, dtype, length):
+    a, x = (randn(2, length, 3, seed=seed, dtype=dtype, grad=True) for seed in (1, 2))
+    start = randn(2, 3, seed=3, dtype=dtype, grad=True)
+    ours, theirs = linear_recurrence(a, x, start, method=method), loop(a, x, start)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    for one, other in zip(gradients(ours, a, x, start), gradients(theirs, a, x, start), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float32_stays_within_1e_5_over_a_thousand_steps(method):
+    a = randn(2, 1000, 8, seed=1).sigmoid()
+    x = randn(2, 1000, 8, seed=2)
+    exact = loop(a, x, torch.zeros(2, 8, dtype=torch.float64))
+    ours = linear_recurrence(a.float(), x.float(), method=method)
+    assert (ours.double() - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gates_and_start_broadcast_and_real_gates_meet_complex_inputs(method):
+    a, x = randn(3, 20, 1, seed=1, grad=True), randn(3, 20, 4, seed=2, dtype=torch.complex128, grad=True)
+    start = randn(4, seed=3, grad=True)
+    ours, theirs = linear_recurrence(a, x, start, method=method), loop(a, x, start.expand(3, 4))
+    torch.testing.assert_close(ours, theirs)
+    for one, other in zip(gradients(ours, a, x, start), gradients(theirs, a, x, start), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_closed_gate_forgets_and_a_growing_one_grows(method):
+    a = torch.full((1, 60, 1), 2.0, dtype=torch.float64)
+    a[0, 40] = 0.0
+    x = torch.zeros(1, 60, 1, dtype=torch.float64)
+    h = linear_recurrence(a, x, torch.ones(1, 1, dtype=torch.float64), method=method)[0, :, 0]
+    assert torch.equal(h[:40], 2.0 ** torch.arange(1, 41, dtype=torch.float64))
+    assert torch.equal(h[40:], torch.zeros(20, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("length", [1, 2, 5, 17, 50])
+def test_matrices_as_gates_are_the_loop(method, length):
+    a, x = randn(2, length, 3, 3, seed=1, grad=True), randn(length, 3, 2, seed=2, grad=True)
+    start = randn(2, 3, 2, seed=3, grad=True)
+    ours = matrix_recurrence(a, x, start, method=method)
+    state, states = start, []
+    for step in range(length):
+        state = a[:, step] @ state + x[step]
+        states.append(state)
+    theirs = torch.stack(states, 1)
+    scale = theirs.detach().abs().max()
+    torch.testing.assert_close(ours / scale, theirs / scale, rtol=1e-9, atol=1e-11)
+    found, expected = gradients(ours, a, x, start), gradients(theirs, a, x, start)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one / scale, other / scale, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_second_derivatives(method):
+    a, x, start = (randn(*shape, seed=1, grad=True) for shape in ((1, 6, 2), (1, 6, 2), (1, 2)))
+    assert torch.autograd.gradgradcheck(lambda *args: linear_recurrence(*args, method=method), (a, x, start))
+
+
+def test_time_may_lie_anywhere_and_be_empty():
+    a, x = randn(5, 3, 7, seed=1), randn(5, 3, 7, seed=2)
+    for dim in (0, 1, 2, -1):
+        ours = linear_recurrence(a, x, dim=dim, method="chunked").movedim(dim, 1)
+        start = torch.zeros_like(x.movedim(dim, 1)[:, 0])
+        torch.testing.assert_close(ours, loop(a.movedim(dim, 1), x.movedim(dim, 1), start))
+    assert linear_recurrence(a[:0], x[:0], dim=0).shape == (0, 3, 7)
+
+
+def test_it_runs_compiled():
+    a, x = randn(2, 70, 3, seed=1).sigmoid(), randn(2, 70, 3, seed=2)
+    compiled = torch.compile(lambda a, x: linear_recurrence(a, x), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(a, x), linear_recurrence(a, x))
+
+
+def test_the_scan_of_any_associative_map():
+    words = torch.arange(1, 12)[:, None]
+    assert torch.equal(associative_scan(lambda one, two: (one[0] + two[0],), (words,))[0], words.cumsum(0))
+    latest = associative_scan(lambda one, two: (torch.where(two[0] > 0, two[0], one[0]),), (words * (words % 3 == 0),))
+    assert latest[0].flatten().tolist() == [0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 31, 64])
+def test_the_scan_calls_combine_rarely(length):
+    calls = []
+
+    def add(one, two):
+        calls.append(len(one[0]))
+        return (one[0] + two[0],)
+
+    associative_scan(add, (torch.ones(length),))
+    assert len(calls) <= 2 * math.log2(max(2, length))
+    assert sum(calls) <= 2 * length
+
+
+def test_bad_input():
+    a, x = torch.ones(2, 5, 3), torch.ones(2, 5, 3)
+    with pytest.raises(ValueError, match="equally long, got 4 and 5"):
+        linear_recurrence(a[:, :4], x)
+    with pytest.raises(ValueError, match="method must be one of"):
+        linear_recurrence(a, x, method="fast")
+    with pytest.raises(ValueError, match="equally many dimensions"):
+        linear_recurrence(a[0], x)
+    with pytest.raises(ValueError, match="gates must be"):
+        matrix_recurrence(a, x)
+    with pytest.raises(ValueError, match="one length"):
+        associative_scan(lambda one, two: one, (torch.ones(3), torch.ones(4)))
+
+
+# grids
+
+
+def grid_loop(ahead, side, gates):
+    rows, columns = ahead.shape[:2]
+    zero = torch.zeros_like(ahead[0, 0])
+    a, s = {}, {}
+    for x in range(rows):
+        for y in range(columns):
+            left, below = a.get((x - 1, y), zero), s.get((x, y - 1), zero)
+            a[x, y] = ahead[x, y] + gates[0][x, y] * left + gates[1][x, y] * below
+            s[x, y] = side[x, y] + gates[2][x, y] * left + gates[3][x, y] * below
+    cells = [[(x, y) for y in range(columns)] for x in range(rows)]
+    return tuple(torch.stack([torch.stack([one[cell] for cell in row]) for row in cells]) for one in (a, s))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 6])
+@pytest.mark.parametrize("columns", [1, 2, 5, 7])
+def test_the_grid_is_the_cell_by_cell_loop_and_so_are_its_gradients(rows, columns):
+    ahead, side = (randn(rows, columns, 2, 3, seed=seed, grad=True) for seed in (1, 2))
+    gates = GridTransitions(*(randn(rows, columns, 2, 1, seed=seed, grad=True) for seed in (3, 4, 5, 6)))
+    ours, theirs = grid_recurrence(ahead, side, gates), grid_loop(ahead, side, gates)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    leaves = (ahead, side, *gates)
+    found = gradients(torch.stack(ours), *leaves)
+    for one, other in zip(found, gradients(torch.stack(theirs), *leaves), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_second_derivatives_of_the_grid_and_complex_gates():
+    leaves = [randn(2, 3, 1, seed=seed, dtype=torch.complex128, grad=True) for seed in range(6)]
+    assert torch.autograd.gradcheck(lambda a, s, *g: grid_recurrence(a, s, GridTransitions(*g)), leaves)
+    assert torch.autograd.gradgradcheck(lambda a, s, *g: grid_recurrence(a, s, GridTransitions(*g)), leaves)
+
+
+def test_a_gate_of_another_shape_is_refused():
+    cells = torch.ones(2, 3, 1)
+    with pytest.raises(ValueError, match="side_ahead must fit sources"):
+        grid_recurrence(cells, cells, GridTransitions(cells, cells[:, :2], cells, cells))
+
+
+# graphs
+
+
+def random_graph(states, pairs, seed=0):
+    draws = torch.Generator().manual_seed(seed)
+    ends = torch.randint(0, states, (2, pairs), generator=draws).sort(0).values
+    ends = ends[:, ends[0] < ends[1]]
+    shuffled = torch.randperm(states, generator=draws)
+    return shuffled[ends]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_graph_is_the_solution_of_its_linear_system_and_so_are_its_gradients(seed):
+    pairs = random_graph(9, 25, seed)
+    x, w = randn(9, 2, seed=1, grad=True), randn(pairs.shape[1], 1, seed=2, grad=True)
+    ours = acyclic_recurrence(x, w, AcyclicSchedule(pairs, 9))
+    matrix = torch.zeros(9, 9, dtype=torch.float64).index_put((pairs[1], pairs[0]), w[:, 0], accumulate=True)
+    theirs = torch.linalg.solve(torch.eye(9, dtype=torch.float64) - matrix, x)
+    torch.testing.assert_close(ours, theirs)
+    for one, other in zip(gradients(ours, x, w), gradients(theirs, x, w), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_second_derivatives_of_the_graph():
+    pairs = random_graph(5, 9, 3)
+    leaves = randn(5, 2, seed=1, grad=True), randn(pairs.shape[1], 2, seed=2, grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, w: acyclic_recurrence(x, w, AcyclicSchedule(pairs, 5)), leaves)
+
+
+def test_a_chain_has_one_round_a_pair_and_a_star_has_one():
+    chain = torch.stack((torch.arange(6), torch.arange(1, 7)))
+    assert len(AcyclicSchedule(chain, 7).rounds) == 6
+    star = torch.stack((torch.arange(1, 7), torch.zeros(6, dtype=torch.long)))
+    assert [one.tolist() for one in AcyclicSchedule(star, 7).rounds] == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_graphs_without_pairs_or_states():
+    nothing = torch.zeros(2, 0, dtype=torch.long)
+    assert torch.equal(
+        acyclic_recurrence(torch.ones(3, 1), torch.ones(0, 1), AcyclicSchedule(nothing, 3)), torch.ones(3, 1)
+    )
+    assert AcyclicSchedule(nothing, 0).rounds == []
+
+
+def test_a_cycle_is_listed():
+    pairs = torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 1, 0]])
+    with pytest.raises(ValueError, match=r"cycle, got .*") as caught:
+        AcyclicSchedule(pairs, 5)
+    walk = [int(one) for one in str(caught.value).split("got ")[1].split(" → ")]
+    assert walk[0] == walk[-1]
+    assert set(walk) == {1, 2, 3}
+    assert set(pairwise(walk)) <= set(map(tuple, pairs.T.tolist()))
+
+
+def test_numbers_outside_the_graph_and_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match="states 0 … 1, got 0 … 2"):
+        AcyclicSchedule(torch.tensor([[0], [2]]), 2)
+    with pytest.raises(ValueError, match="must be \\(2, …\\)"):
+        acyclic_recurrence(torch.ones(3, 1), torch.ones(1, 1), AcyclicSchedule(torch.tensor([[0], [1]]), 2))
