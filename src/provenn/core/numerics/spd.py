@@ -1,0 +1,290 @@
+"""Functions of symmetric matrices, f(A) = U f(Λ) Uᵀ, whose derivatives stay finite at equal eigenvalues.
+
+The derivative is U (D ∘ Uᵀ dA U) Uᵀ with the divided differences D_ij = (f(λ_i) − f(λ_j)) / (λ_i − λ_j). Each function
+here brings them in a form without cancellation, so that close and equal eigenvalues lose no digits; differentiating
+through ``torch.linalg.eigh`` instead divides by λ_i − λ_j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, no_type_check
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from provenn.core.experiment.checks import check_number
+
+Scalar = Callable[[Tensor], Tensor]
+DividedDifference = Callable[[Tensor, Tensor], Tensor]
+
+
+def symmetric_function(
+    A: Float[Tensor, "... n n"], function: Scalar, divided_difference: DividedDifference
+) -> Float[Tensor, "... n n"]:
+    """Apply a function to the eigenvalues of symmetric matrices.
+
+    Args:
+        A: The matrices; only the symmetric part is read.
+        function: f, elementwise.
+        divided_difference: (a, b) ↦ (f(a) − f(b)) / (a − b), elementwise and broadcasting, and f'(a) where a = b.
+
+    Shape:
+        A (…, n, n).
+
+    Returns:
+        f(A), symmetric.
+
+    Raises:
+        torch.linalg.LinAlgError: The eigenvalues cannot be found: A is not finite.
+
+    Cost: one eigendecomposition, O(n³), and four products in the backward pass. Differentiable once.
+
+    Source: Daleckii & Krein (1965); Higham, Functions of Matrices (2008), theorem 3.11.
+    """
+    applied: Tensor = _SymmetricFunction.apply(A, function, divided_difference)  # type: ignore[no-untyped-call]
+    return applied
+
+
+@no_type_check
+class _SymmetricFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, function: Scalar, divided_difference: DividedDifference) -> Tensor:
+        eigenvalues, U = torch.linalg.eigh(0.5 * (A + A.mT))
+        ctx.save_for_backward(eigenvalues, U)
+        ctx.divided_difference = divided_difference
+        return _rebuild(function(eigenvalues), U)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        eigenvalues, U = ctx.saved_tensors
+        D = ctx.divided_difference(eigenvalues[..., :, None], eigenvalues[..., None, :])
+        inner = U.mT @ (0.5 * (grad + grad.mT)) @ U
+        return U @ (D * inner) @ U.mT, None, None
+
+
+def _rebuild(values: Tensor, U: Tensor) -> Tensor:
+    product = (U * values[..., None, :]) @ U.mT
+    return 0.5 * (product + product.mT)
+
+
+def spd_power(A: Float[Tensor, "... n n"], exponent: float) -> Float[Tensor, "... n n"]:
+    """Return A^p of symmetric positive definite matrices, for any real p.
+
+    Args:
+        A: The matrices.
+        exponent: p; ½ is the square root, −½ its inverse.
+
+    Shape:
+        A (…, n, n).
+
+    Returns:
+        A^p.
+
+    Raises:
+        TypeError: ``exponent`` is no number.
+        ValueError: ``exponent`` is not finite, or A has an eigenvalue ≤ 0, which the message names.
+
+    Cost: as :func:`symmetric_function`.
+
+    Source: as :func:`symmetric_function`.
+    """
+    check_number("exponent", exponent)
+    return symmetric_function(A, _Power(float(exponent)), _PowerDifference(float(exponent)))
+
+
+def spd_log(A: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
+    """Return the logarithm of symmetric positive definite matrices.
+
+    Args:
+        A: The matrices.
+
+    Shape:
+        A (…, n, n).
+
+    Returns:
+        log A, symmetric.
+
+    Raises:
+        ValueError: A has an eigenvalue ≤ 0, which the message names.
+
+    Cost: as :func:`symmetric_function`.
+
+    Source: as :func:`symmetric_function`.
+    """
+    return symmetric_function(A, _log, _log_difference)
+
+
+def symmetric_exp(A: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
+    """Return the exponential of symmetric matrices.
+
+    Args:
+        A: The matrices.
+
+    Shape:
+        A (…, n, n).
+
+    Returns:
+        exp A, positive definite.
+
+    Raises:
+        torch.linalg.LinAlgError: A is not finite.
+
+    Cost: as :func:`symmetric_function`.
+
+    Source: as :func:`symmetric_function`.
+    """
+    return symmetric_function(A, torch.exp, _exp_difference)
+
+
+def clamp_eigenvalues(A: Float[Tensor, "... n n"], minimum: float) -> Float[Tensor, "... n n"]:
+    """Raise the eigenvalues of symmetric matrices to at least a minimum.
+
+    Args:
+        A: The matrices.
+        minimum: ε; eigenvalues below it are replaced by it, and pass no gradient.
+
+    Shape:
+        A (…, n, n).
+
+    Returns:
+        U max(Λ, ε) Uᵀ.
+
+    Raises:
+        TypeError: ``minimum`` is no number.
+        ValueError: ``minimum`` is not finite.
+
+    Cost: as :func:`symmetric_function`.
+
+    Source: as :func:`symmetric_function`.
+    """
+    check_number("minimum", minimum)
+    return symmetric_function(A, _Clamp(minimum), _ClampDifference(minimum))
+
+
+def lyapunov(P: Float[Tensor, "... n n"], V: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
+    """Solve P L + L P = V for symmetric positive definite P.
+
+    Args:
+        P: The matrices.
+        V: The right sides, of any symmetry.
+
+    Shape:
+        P and V (…, n, n), leading dimensions broadcasting.
+
+    Returns:
+        L.
+
+    Raises:
+        ValueError: P has an eigenvalue ≤ 0.
+
+    Cost: one eigendecomposition and four products; the derivative is two more equations of the same kind.
+    Differentiable twice and more.
+
+    Source: Higham, Functions of Matrices (2008), section 10.
+    """
+    solved: Tensor = _Lyapunov.apply(P, V)  # type: ignore[no-untyped-call]
+    return solved
+
+
+@no_type_check
+class _Lyapunov(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, P: Tensor, V: Tensor) -> Tensor:
+        eigenvalues, U = torch.linalg.eigh(0.5 * (P + P.mT))
+        _check_positive(eigenvalues)
+        sums = eigenvalues[..., :, None] + eigenvalues[..., None, :]
+        L = U @ (U.mT @ V @ U / sums) @ U.mT
+        ctx.save_for_backward(P, L)
+        ctx.shape = V.shape
+        return L
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        P, L = ctx.saved_tensors
+        # dL solves P dL + dL P = dV − dP L − L dP, and the operator is its own adjoint.
+        by_V = lyapunov(P, grad)
+        by_P = -(by_V @ L.mT + L.mT @ by_V)
+        by_P = 0.5 * (by_P + by_P.mT)
+        return by_P.sum_to_size(P.shape), by_V.sum_to_size(ctx.shape)
+
+
+def _check_positive(eigenvalues: Tensor) -> None:
+    if not bool((eigenvalues > 0).all()):
+        raise ValueError(f"A must be positive definite, got the eigenvalue {eigenvalues.min().item()}")
+
+
+class _Power:
+    def __init__(self, exponent: float) -> None:
+        self.exponent = exponent
+
+    def __call__(self, x: Tensor) -> Tensor:
+        _check_positive(x)
+        powered: Tensor = x**self.exponent
+        return powered
+
+
+class _PowerDifference:
+    """(a^p − b^p) / (a − b) = (ab)^{(p−1)/2} sinh(ph) / sinh(h) with h = ½ log(a/b)."""
+
+    def __init__(self, exponent: float) -> None:
+        self.exponent = exponent
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        p = self.exponent
+        if p == 0.5:
+            return 1 / (a.sqrt() + b.sqrt())
+        h = 0.5 * (a.log() - b.log())
+        near, wide = h.abs() < 1e-3, h.abs() > 1
+        safe = torch.where(near | wide, torch.ones_like(h), h)
+        series = p * (1 + (p * p - 1) * h * h / 6)
+        close = (a * b) ** ((p - 1) / 2) * torch.where(near, series, torch.sinh(p * safe) / torch.sinh(safe))
+        # Numbers that far apart cancel nothing in the plain quotient.
+        return torch.where(wide, (a**p - b**p) / torch.where(wide, a - b, torch.ones_like(h)), close)
+
+
+def _log(x: Tensor) -> Tensor:
+    _check_positive(x)
+    return x.log()
+
+
+def _log_difference(a: Tensor, b: Tensor) -> Tensor:
+    """(log a − log b) / (a − b) = 2 artanh(z) / (z (a + b)) with z = (a − b) / (a + b)."""
+    z = (a - b) / (a + b)
+    near = z.abs() < 1e-3
+    safe = torch.where(near, torch.full_like(z, 0.5), z)
+    # artanh loses z ≈ ±1, where the plain quotient is exact.
+    plain = (a.log() - b.log()) / torch.where(near, torch.ones_like(z), a - b)
+    ratio = torch.where(near, 1 + z * z / 3, torch.atanh(safe.clamp(-0.9, 0.9)) / safe)
+    return torch.where(z.abs() > 0.9, plain, 2 * ratio / (a + b))
+
+
+def _exp_difference(a: Tensor, b: Tensor) -> Tensor:
+    """(eᵃ − eᵇ) / (a − b) = e^b expm1(a − b) / (a − b), from the larger of the two."""
+    high, low = torch.maximum(a, b), torch.minimum(a, b)
+    gap = low - high
+    near = gap.abs() < 1e-8
+    safe = torch.where(near, torch.ones_like(gap), gap)
+    return high.exp() * torch.where(near, 1 + 0.5 * gap, torch.expm1(safe) / safe)
+
+
+class _Clamp:
+    def __init__(self, minimum: float) -> None:
+        self.minimum = minimum
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.clamp(min=self.minimum)
+
+
+class _ClampDifference:
+    def __init__(self, minimum: float) -> None:
+        self.minimum = minimum
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """0 below, 1 above, and across the bend the share of the way that lies above."""
+        high, low = torch.maximum(a, b), torch.minimum(a, b)
+        gap = torch.where(high > low, high - low, torch.ones_like(high))
+        across = (high - self.minimum) / gap
+        return torch.where(low >= self.minimum, torch.ones_like(a), across.clamp(0, 1) * (high > self.minimum))
