@@ -196,7 +196,7 @@ class _Lyapunov(torch.autograd.Function):
         eigenvalues, U = torch.linalg.eigh(0.5 * (P + P.mT))
         _check_positive(eigenvalues)
         sums = eigenvalues[..., :, None] + eigenvalues[..., None, :]
-        L = U @ (U.mT @ V @ U / sums) @ U.mT
+        L: Tensor = U @ (U.mT @ V @ U / sums) @ U.mT
         ctx.save_for_backward(P, L)
         ctx.shape = V.shape
         return L
