@@ -233,6 +233,38 @@ def test_graphs_and_texts_are_typed(tmp_path) -> None:
         data.load("tinyshakespeare", tmp_path)
 
 
+def test_sounds_are_cut_padded_and_scaled(tmp_path) -> None:
+    arrays = {
+        "wave": np.array([0, 16384, -32768, 5, 6], np.int16),
+        "offset": np.array([0, 3, 5]),
+        "y": np.array([7, 7]),
+        "speaker": np.array(["theo", "anna"]),
+        "take": np.array([0, 1]),
+        "sample_rate": np.array(8000),
+    }
+    write_archive(tmp_path / "fsdd.npz", arrays)
+    sounds = data.load("fsdd", tmp_path)
+    assert sounds.clip(0).tolist() == [0, 0.5, -1]
+    assert sounds.padded(2).tolist() == [[0, 0.5], [5 / 32768, 6 / 32768]]
+    assert sounds.padded(4)[1].tolist() == [5 / 32768, 6 / 32768, 0, 0]
+    assert (sounds.speaker.tolist(), sounds.sample_rate) == ([1, 0], 8000)
+    for wrong in ({"offset": np.array([0, 3, 4])}, {"y": np.array([7])}, {"wave": np.zeros(5)}):
+        write_archive(tmp_path / "fsdd.npz", arrays | wrong)
+        with pytest.raises(data.CorruptDataError, match="does not fit its 2 clips"):
+            data.load("fsdd", tmp_path)
+
+
+def test_series_and_sets_without_an_address(tmp_path) -> None:
+    with pytest.raises(data.DataUnavailableError, match=r"'etth1' needs the file etth1\.npz .*columns of ETTh1"):
+        data.load("etth1", tmp_path)
+    write_archive(tmp_path / "etth1.npz", {"values": np.ones((3, 2)), "columns": np.array(["a", "b"])})
+    series = data.load("etth1", tmp_path)
+    assert (series.values.shape, series.values.dtype, series.columns) == ((3, 2), np.float32, ("a", "b"))
+    write_archive(tmp_path / "etth1.npz", {"values": np.ones((3, 2)), "columns": np.array(["a"])})
+    with pytest.raises(data.CorruptDataError, match="1 columns"):
+        data.load("etth1", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "targets", "classes"),
     [

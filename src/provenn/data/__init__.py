@@ -4,16 +4,18 @@ Loads no torch.
 """
 
 from provenn.data.archives import CorruptDataError
-from provenn.data.bundles import Bundle, GraphBundle, ImageBundle, TableBundle, TextBundle
+from provenn.data.bundles import AudioBundle, Bundle, GraphBundle, ImageBundle, SeriesBundle, TableBundle, TextBundle
 from provenn.data.download import DataUnavailableError
 from provenn.data.loading import UnknownDataError, data_folder, load, names
 
 __all__ = [
+    "AudioBundle",
     "Bundle",
     "CorruptDataError",
     "DataUnavailableError",
     "GraphBundle",
     "ImageBundle",
+    "SeriesBundle",
     "TableBundle",
     "TextBundle",
     "UnknownDataError",

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from provenn.data.bundles import GraphBundle, ImageBundle, TextBundle
+from provenn.data.bundles import AudioBundle, GraphBundle, ImageBundle, SeriesBundle, TextBundle
 
 B = TypeVar("B")
 
@@ -106,3 +106,24 @@ def graph_bundle(name: str, archive: Mapping[str, np.ndarray]) -> GraphBundle:
 def text_bundle(name: str, archive: Mapping[str, np.ndarray]) -> TextBundle:
     """Build a bundle of ``bytes``, UTF-8."""
     return TextBundle(name, name, archive["bytes"].tobytes().decode("utf-8"))
+
+
+def audio_bundle(name: str, archive: Mapping[str, np.ndarray]) -> AudioBundle:
+    """Build a bundle of 16-bit ``wave`` end to end, ``offset``, ``y``, ``speaker``, ``take`` and ``sample_rate``."""
+    wave, offset = archive["wave"], archive["offset"].astype(np.int64)
+    labels = [np.unique(archive[key], return_inverse=True)[1].astype(np.int64) for key in ("y", "speaker", "take")]
+    clips = len(offset) - 1
+    ordered = (
+        offset.ndim == 1 and clips >= 1 and offset[0] == 0 and offset[-1] == len(wave) and (np.diff(offset) > 0).all()
+    )
+    if wave.dtype != np.int16 or not ordered or any(one.shape != (clips,) for one in labels):
+        raise ValueError(f"its {wave.dtype} wave of {wave.shape} does not fit its {clips} clips")
+    return AudioBundle(name, name, wave.astype(np.float32) / 32768, offset, *labels, int(archive["sample_rate"]))
+
+
+def series_bundle(name: str, archive: Mapping[str, np.ndarray]) -> SeriesBundle:
+    """Build a bundle of ``values`` and the names of their ``columns``."""
+    values, columns = archive["values"].astype(np.float32), tuple(map(str, archive["columns"]))
+    if values.ndim != 2 or values.shape[1] != len(columns):
+        raise ValueError(f"its values are {values.shape} with {len(columns)} columns")
+    return SeriesBundle(name, name, values, columns)

@@ -61,4 +61,51 @@ class TextBundle:
     text: str
 
 
-Bundle = ImageBundle | GraphBundle | TableBundle | TextBundle
+@dataclass(frozen=True, eq=False)
+class AudioBundle:
+    """Labelled clips of mono sound, end to end in ``wave``; clip i runs from ``offset[i]`` to ``offset[i + 1]``.
+
+    Shape: ``wave`` (samples,), in [−1, 1]; ``offset`` (clips + 1,); ``y``, ``speaker`` and ``take`` (clips,).
+    """
+
+    name: str
+    origin: str
+    wave: Float[np.ndarray, " samples"]
+    offset: Int[np.ndarray, " bounds"]
+    y: Int[np.ndarray, " clips"]
+    speaker: Int[np.ndarray, " clips"]
+    take: Int[np.ndarray, " clips"]
+    sample_rate: int
+
+    def clip(self, index: int) -> Float[np.ndarray, " samples"]:
+        """Return one clip.
+
+        Args:
+            index: Which.
+        """
+        return self.wave[self.offset[index] : self.offset[index + 1]]
+
+    def padded(self, length: int) -> Float[np.ndarray, "clips length"]:
+        """Return all clips with one length: zeros follow the short ones, the long ones are cut.
+
+        Args:
+            length: In samples.
+        """
+        clips = np.zeros((len(self.y), length), dtype=self.wave.dtype)
+        for index, row in enumerate(clips):
+            clip = self.clip(index)[:length]
+            row[: len(clip)] = clip
+        return clips
+
+
+@dataclass(frozen=True, eq=False)
+class SeriesBundle:
+    """A multivariate time series at equal steps. Shape: ``values`` (times, columns)."""
+
+    name: str
+    origin: str
+    values: Float[np.ndarray, "times columns"]
+    columns: tuple[str, ...]
+
+
+Bundle = AudioBundle | ImageBundle | SeriesBundle | GraphBundle | TableBundle | TextBundle

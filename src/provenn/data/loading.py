@@ -9,15 +9,17 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from provenn.core.nearest import unknown_name_message
-from provenn.data.archives import graph_bundle, image_bundle, read_archive, text_bundle
-from provenn.data.bundles import Bundle, GraphBundle, ImageBundle, TableBundle, TextBundle
-from provenn.data.download import fetch
+from provenn.data.archives import audio_bundle, graph_bundle, image_bundle, read_archive, series_bundle, text_bundle
+from provenn.data.bundles import AudioBundle, Bundle, GraphBundle, ImageBundle, SeriesBundle, TableBundle, TextBundle
+from provenn.data.download import DataUnavailableError, fetch
 from provenn.data.sources import SOURCES
 
 Root = str | os.PathLike[str] | None
 ImageName = Literal["mnist", "cifar10"]
 GraphName = Literal["cora", "citeseer"]
 TextName = Literal["tinyshakespeare"]
+AudioName = Literal["fsdd"]
+SeriesName = Literal["etth1"]
 TableName = Literal["digits", "iris", "wine", "breast_cancer", "diabetes", "linnerud"]
 
 _BUILDERS: dict[str, Any] = {
@@ -26,7 +28,14 @@ _BUILDERS: dict[str, Any] = {
     "cora": graph_bundle,
     "citeseer": graph_bundle,
     "tinyshakespeare": text_bundle,
+    "fsdd": audio_bundle,
+    "etth1": series_bundle,
 }
+_HOLDS = {
+    "fsdd": "wave (int16, end to end), offset, y, speaker, take and sample_rate of the Free Spoken Digit Dataset",
+    "etth1": "values (17420, 7) and columns of ETTh1, a transformer's hourly load and oil temperature",
+}
+"""What to put into an archive that has no address to be fetched from."""
 _BUNDLED = ("digits", "iris", "wine", "breast_cancer", "diabetes", "linnerud")
 
 
@@ -56,6 +65,10 @@ def load(name: GraphName, root: Root = None) -> GraphBundle: ...
 @overload
 def load(name: TextName, root: Root = None) -> TextBundle: ...
 @overload
+def load(name: AudioName, root: Root = None) -> AudioBundle: ...
+@overload
+def load(name: SeriesName, root: Root = None) -> SeriesBundle: ...
+@overload
 def load(name: TableName, root: Root = None) -> TableBundle: ...
 @overload
 def load(name: str, root: Root = None) -> Bundle: ...
@@ -63,9 +76,9 @@ def load(name: str, root: Root = None) -> Bundle:
     """Load a data set; one that is not on disk is downloaded from its official source first.
 
     Args:
-        name: ``"mnist"``, ``"cifar10"``; ``"cora"``, ``"citeseer"`` (public split); ``"tinyshakespeare"``; or one that
-            scikit-learn brings along: ``"digits"``, ``"iris"``, ``"wine"``, ``"breast_cancer"``, ``"diabetes"``,
-            ``"linnerud"``.
+        name: ``"mnist"``, ``"cifar10"``; ``"cora"``, ``"citeseer"`` (public split); ``"tinyshakespeare"``; ``"fsdd"``
+            (spoken digits) and ``"etth1"`` (a time series), which must lie in the folder; or one that scikit-learn
+            brings along: ``"digits"``, ``"iris"``, ``"wine"``, ``"breast_cancer"``, ``"diabetes"``, ``"linnerud"``.
         root: Folder of the archives; without it ``$PROVENN_DATA``, else the platform's cache folder.
 
     Returns:
@@ -83,6 +96,11 @@ def load(name: str, root: Root = None) -> Bundle:
         raise UnknownDataError(unknown_name_message("data set", name, names()))
     path = data_folder(root) / f"{name}.npz"
     if not path.exists():
+        if name in _HOLDS:
+            raise DataUnavailableError(
+                f"data set {name!r} needs the file {path.name} in the folder {path.parent}, and has no address to be "
+                f"fetched from; it holds {_HOLDS[name]}. PROVENN_DATA names another folder"
+            )
         fetch(name, SOURCES[name], path)
     bundle: Bundle = read_archive(path, name, _BUILDERS[name])
     return bundle
