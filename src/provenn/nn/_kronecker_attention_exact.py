@@ -9,7 +9,6 @@ from typing import Any, no_type_check
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from provenn.core.experiment.checks import check_integer, check_number
 from provenn.core.sequences.attention import wide
@@ -133,7 +132,7 @@ def _flat_mask(
     if any(size != 1 for size in left):  # a product of lengths cannot be broadcast in part
         mask = mask.expand(*own[: heads + 1], *lengths[:-1], own[-1])
     rows = math.prod(own[:heads])
-    index = torch.arange(rows, device=device).reshape(own[:heads]).expand(*lead).reshape(-1)
+    index = torch.arange(rows, device=device).reshape(own[:heads]).expand(tuple(lead)).reshape(-1)
     columns = math.prod(mask.shape[heads + 1 : -1])
     return mask.reshape(rows, own[heads], columns, own[-1]), index
 
@@ -208,8 +207,29 @@ class _TensorAttention(torch.autograd.Function):
         ctx.options = inputs[2:5]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         packed, mask, index, *operands = ctx.saved_tensors
-        run = _backward_operator if torch.compiler.is_compiling() else _backward
-        return (None, None, None, None, None, *run(gradients[0], packed, mask, index, *ctx.options, operands))
+        by_operand = (
+            # The compiler cannot trace a function inside a function's backward, and needs none: the operator is opaque.
+            _backward_operator(gradients[0], packed, mask, index, *ctx.options, operands)
+            if torch.compiler.is_compiling()
+            else _TensorAttentionBackward.apply(gradients[0], packed, mask, index, *ctx.options, *operands)
+        )
+        return (None, None, None, None, None, *by_operand)
+
+
+@no_type_check
+class _TensorAttentionBackward(torch.autograd.Function):
+    """The backward pass, which refuses a second derivative where it would otherwise be lost without a word."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(_backward(*arguments[:7], list(arguments[7:])))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError("tensor_attention has no second derivative")
