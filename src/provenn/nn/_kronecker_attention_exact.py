@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, no_type_check
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -73,7 +73,11 @@ def tensor_attention(
     mask, mask_index = _flat_mask(mask, lead, queries, [k.shape[-2] for k in ks], q.device)
     operands = [one.to(wide(q.dtype)).reshape(count, *one.shape[-2:]) for one in (q, *ks, *vs)]
     with torch.autocast(q.device.type, enabled=False):
-        packed: Tensor = _TensorAttention.apply(mask, mask_index, float(scale), causal, block, *operands)
+        # Compilers get an operator that they do not look into: a loop over blocks would unroll.
+        if torch.compiler.is_compiling():
+            packed: Tensor = _forward_operator(mask, mask_index, float(scale), causal, block, operands)
+        else:
+            packed = _TensorAttention.apply(mask, mask_index, float(scale), causal, block, *operands)
     return packed[..., :-1].to(q.dtype).reshape(*lead, queries, vs[0].shape[-1])
 
 
@@ -163,7 +167,6 @@ def _backward(
     return backward_pass(_problem(mask, index, scale, causal, block, operands), packed, gradient)
 
 
-# Operators that compilers do not look into: a loop over blocks would unroll.
 _ARGUMENTS = "Tensor? mask, Tensor? index, float scale, bool causal, int block, Tensor[] operands"
 _forward_operator = torch.library.custom_op(
     "provenn::tensor_attention", _forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> Tensor"
@@ -189,17 +192,26 @@ def _backward_shapes(gradient: Tensor, packed: Tensor, *rest: Any) -> list[Tenso
     return [torch.empty_like(one, memory_format=torch.contiguous_format) for one in rest[-1]]
 
 
-# ``no_type_check`` keeps run-time checkers of signatures out of what compilers trace.
+def _save_for_compiled(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    mask, index, *options, operands = inputs
+    ctx.save_for_backward(output, mask, index, *operands)
+    ctx.options = options
 
 
-@no_type_check
+def _compiled_backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    packed, mask, index, *operands = ctx.saved_tensors
+    return (*[None] * 5, _backward_operator(gradient, packed, mask, index, *ctx.options, operands))
+
+
+_forward_operator.register_autograd(_compiled_backward, setup_context=_save_for_compiled)
+
+
 class _TensorAttention(torch.autograd.Function):
     """Arguments: mask, its index, scale, causal, block; then q, the keys and the values."""
 
     @staticmethod
     def forward(*arguments: Any) -> Tensor:
-        run = _forward_operator if torch.compiler.is_compiling() else _forward
-        return run(*arguments[:5], list(arguments[5:]))
+        return _forward(*arguments[:5], list(arguments[5:]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -209,16 +221,10 @@ class _TensorAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         packed, mask, index, *operands = ctx.saved_tensors
-        by_operand = (
-            # The compiler cannot trace a function inside a function's backward, and needs none: the operator is opaque.
-            _backward_operator(gradients[0], packed, mask, index, *ctx.options, operands)
-            if torch.compiler.is_compiling()
-            else _TensorAttentionBackward.apply(gradients[0], packed, mask, index, *ctx.options, *operands)
-        )
-        return (None, None, None, None, None, *by_operand)
+        found = _TensorAttentionBackward.apply(gradients[0], packed, mask, index, *ctx.options, *operands)
+        return (*[None] * 5, *found)
 
 
-@no_type_check
 class _TensorAttentionBackward(torch.autograd.Function):
     """The backward pass, which refuses a second derivative where it would otherwise be lost without a word."""
 
