@@ -8,7 +8,7 @@ from contracts.broken import DOCUMENTED_ELSEWHERE, assert_caught, broken_runs, g
 from torch import nn
 from torch.nn.functional import dropout
 
-from provenn.contracts import BadInput, ContractError, ModuleCase, Symmetry, check_module, checks_of
+from provenn.contracts import BadInput, ContractError, Form, ModuleCase, Symmetry, check_module, checks_of
 
 LENGTH, WIDTH = 4, 6
 
@@ -208,6 +208,56 @@ class IgnoresLateInputs(Wrapped):
         return y[:, :1].expand_as(y).contiguous()
 
 
+class Convex(Wrapped):
+    """A maximum of linear functions, which is convex and has the norm of its weights as a bound."""
+
+    def after(self, y):
+        return y.relu()
+
+
+class ConcaveFarAway(Wrapped):
+    """Convex where inputs of the usual size lie, and bounded above far away."""
+
+    def after(self, y):
+        return y.relu().clamp(max=15)
+
+
+class ConcaveInOneCorner(Wrapped):
+    """Has a dent that few random segments meet."""
+
+    def after(self, y):
+        dent = (y[..., :1] - 4).relu() * 3
+        return y.square() - torch.minimum(dent, dent * 0 + 60) * (y[..., :1] > 4)
+
+
+class SteepFarAway(Wrapped):
+    def after(self, y):
+        return y + 3 * (y.abs() - 20).relu()
+
+
+class SteepInOneDirection(Wrapped):
+    """Is steep along one direction alone, of small weight in random pairs."""
+
+    def after(self, y):
+        return y + y[..., :1] * 0.2
+
+
+def norm_of_weights(module, inputs):
+    return torch.linalg.matrix_norm(module.linear.weight, 2).item()
+
+
+def matrix_product(module, inputs):
+    return inputs[0] @ module.linear.weight.T + module.linear.bias
+
+
+def rounded_product(module, inputs):
+    return matrix_product(module, inputs) + 1e-7
+
+
+def detached_product(module, inputs):
+    return matrix_product(module, (inputs[0].detach(),))
+
+
 class ReadsItsWeights(Wrapped):
     def prepare(self):
         self.largest = self.linear.weight.max().item()
@@ -257,6 +307,10 @@ NORMALISED = replace(
 )
 
 
+BOUNDED = replace(WHOLE, make=Convex, label="convex", symmetries=(), convex=True, lipschitz=norm_of_weights)
+TWO_FORMS = replace(WHOLE, make=Wrapped, label="forms", symmetries=(), forms=(Form("product", matrix_product),))
+
+
 def broken(make, **options):
     return replace(WHOLE, **{"make": make, "label": make.__name__.strip("<>"), "symmetries": (), **options})
 
@@ -285,12 +339,22 @@ BROKEN = {
         broken(LooksOneAhead, causal_dim=1),
         broken(IgnoresLateInputs, causal_dim=1),
     ],
+    "forms": [
+        broken(Wrapped, forms=(Form("product", rounded_product),)),
+        broken(Wrapped, forms=(Form("product", detached_product),)),
+        broken(Convex, forms=(Form("product", matrix_product),)),
+    ],
+    "convexity": [broken(one, convex=True) for one in (Attention, ConcaveFarAway, ConcaveInOneCorner)],
+    "lipschitz": [
+        *(broken(one, lipschitz=norm_of_weights) for one in (SteepFarAway, SteepInOneDirection)),
+        broken(Wrapped, lipschitz=lambda module, inputs: 0.999 * norm_of_weights(module, inputs)),
+    ],
     "meta": [broken(ReadsItsWeights), broken(BuildsOnTheCPU)],
     "device": [broken(ConstantOnTheCPU), broken(OutputOnTheCPU)],
 }
 
 
-@pytest.mark.parametrize("check", good_runs(GOOD, WHOLE, CAUSAL, NORMALISED))
+@pytest.mark.parametrize("check", good_runs(GOOD, WHOLE, CAUSAL, NORMALISED, BOUNDED, TWO_FORMS))
 def test_good_modules_pass(check):
     check()
 

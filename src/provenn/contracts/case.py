@@ -180,6 +180,23 @@ class Symmetry:
 
 
 @dataclass(frozen=True)
+class Form:
+    """Another way to the module's output, which must agree to 1e-10 in float64 and 1e-5 in float32.
+
+    Args:
+        name: What it is, such as ``"recurrent"``.
+        evaluate: ``evaluate(module, inputs)`` returns the output computed that way.
+        float64_tolerance: Largest error, relative to ``max(1, largest magnitude of the output)``.
+        float32_tolerance: Likewise.
+    """
+
+    name: str
+    evaluate: Callable[[nn.Module, Inputs], Any]
+    float64_tolerance: float = 1e-10
+    float32_tolerance: float = 1e-5
+
+
+@dataclass(frozen=True)
 class ModuleCase(Case):
     """A case of a ``torch.nn.Module``.
 
@@ -198,6 +215,10 @@ class ModuleCase(Case):
         training_equals_eval_reason: Why not.
         symmetries: The symmetries that the module promises.
         causal_dim: The dimension along which an output depends on no later input; ``None`` if nothing is promised.
+        forms: Other ways to compute the output: step by step, by convolution, ...
+        convex: Whether every element of the output is a convex function of the inputs.
+        lipschitz: ``lipschitz(module, inputs)`` returns a bound of the change of the output by that of the inputs, both
+            in the Euclidean norm of all their elements; ``None`` if nothing is promised.
         compile: Whether ``torch.compile(fullgraph=True)`` works.
         compile_reason: Why not.
         export: Whether ``torch.export`` works.
@@ -219,6 +240,9 @@ class ModuleCase(Case):
     training_equals_eval_reason: str = ""
     symmetries: tuple[Symmetry, ...] = ()
     causal_dim: int | None = None
+    forms: tuple[Form, ...] = ()
+    convex: bool = False
+    lipschitz: Callable[[nn.Module, Inputs], float] | None = None
     compile: bool = True
     compile_reason: str = ""
     export: bool = True

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from provenn.contracts import _modules as shared
+from provenn.contracts._bounds import check_convexity, check_forms, check_lipschitz
 from provenn.contracts._modules import BATCH, build, call, inputs_of, with_gradients
 from provenn.contracts.case import Inputs, ModuleCase
 from provenn.contracts.suite import check_part, expect
@@ -219,6 +220,9 @@ CHECKS: dict[str, Callable[[ModuleCase], None]] = {
     "export": check_export,
     "symmetries": check_symmetries,
     "causality": check_causality,
+    "forms": check_forms,
+    "convexity": check_convexity,
+    "lipschitz": check_lipschitz,
     "meta": check_meta,
     "device": shared.check_device,
 }
