@@ -84,8 +84,9 @@ class QuadraticLayer(nn.Module):
         kept = self.b.weight.dtype
         wide = torch.promote_types(kept, torch.float32)
         # In float16 squares overflow from 256 on: squares, products and their sum are formed in float32.
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not on "meta"
+            with torch.autocast(device, enabled=False):
                 power = self._power(x, wide)
         else:
             power = self._power(x, wide)

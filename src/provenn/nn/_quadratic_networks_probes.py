@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -18,8 +18,8 @@ from provenn.nn._quadratic_networks_layers import QuadraticLinear
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NARROWEST = 1e-9
-"""Pieces narrower than this share of the line are not told apart."""
+NARROWEST = 1e-7
+"""Pieces narrower than this share of the line are not told apart: rounding splits a root that only touches in two."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def polynomial_pieces(
 
     Layer by layer: between the breakpoints so far every neuron is a polynomial of known degree, read off at Chebyshev
     nodes in float64; its real roots are the next breakpoints. Those at which no neuron switches in the end are dropped,
-    and pieces narrower than 1e-9 of the line merge with a neighbour.
+    and pieces narrower than 1e-7 of the line merge with a neighbour.
 
     Args:
         model: ``nn.Sequential``, nested if need be, of ``nn.Linear``, :class:`QuadraticLinear`, ``nn.ReLU`` and
@@ -103,9 +103,10 @@ def polynomial_pieces(
     return PolynomialPieces(len(found) + 1, tuple(found.tolist()), degree)
 
 
-def _flat(module: nn.Module, name: str) -> list[nn.Module]:
+def _flat(module: Any, name: str) -> list[nn.Module]:
     if type(module) is nn.Sequential:
-        return [layer for one, child in module.named_children() for layer in _flat(child, f"{name}.{one}".strip("."))]
+        named = module._modules.items()  # named_children would leave out a layer's second place
+        return [layer for one, child in named for layer in _flat(child, f"{name}.{one}".strip("."))]
     if type(module) not in (nn.Linear, QuadraticLinear, nn.ReLU, nn.Identity):
         raise TypeError(f"model must be a sequence of linear, quadratic and ReLU layers, got {name!r}: {module}")
     return [module]
@@ -122,7 +123,7 @@ def _patterns(layers: list[nn.Module], x: Tensor) -> Tensor:
     active = [torch.zeros(len(x), 0, dtype=torch.bool, device=x.device)]
     for layer in layers:
         if isinstance(layer, nn.ReLU):
-            active.append(x > 1e-13 * x.abs().max())
+            active.append(x > 1e-14 * x.abs().max())
         x = layer(x)
     return torch.cat(active, dim=1)
 
