@@ -58,7 +58,7 @@ def tensor_attention(
     Cost: time O(L · ΠS_m · (d + e)), backward 2.5 times that since scores are computed again; memory O(block) beside
     operands and output, in training too: the backward pass keeps one number a query.
 
-    Source: definitions 1.1 to 1.3 of the paper.
+    Source: the paper's introduction, where it defines exact tensor attention and its order-k form.
     """
     ks, vs = as_list("ks", ks), as_list("vs", vs)
     if torch.is_autocast_enabled(q.device.type):

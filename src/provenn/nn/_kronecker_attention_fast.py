@@ -61,7 +61,7 @@ def tensor_attention_poly(
     Cost: time O((L + Σ S_m) r e), memory O((L + Σ S_m) r); the causal form's running totals hold O(block + r e), and
     O(L r e) in training.
 
-    Source: theorem 1.4 and its proof (sections 3 and 4) of the paper.
+    Source: the paper's upper bound (the near-linear algorithm for bounded entries) and its proof.
     """
     ks, vs = as_list("ks", ks), as_list("vs", vs)
     if torch.is_autocast_enabled(q.device.type):

@@ -66,7 +66,7 @@ class KroneckerAttention(nn.Module):
     Cost: exact, O(n^order · d_h) time a head and O(block) memory beside operands; polynomial, O(n r d_h) and O(n r),
     r = C(d_h + g, g), so that it pays for heads of few features.
 
-    Source: definitions 1.1 to 1.3 (exact) and theorem 1.4 (polynomial) of the paper.
+    Source: the paper's definition of tensor attention (exact) and its upper bound (polynomial).
     """
 
     def __init__(
