@@ -81,6 +81,10 @@ class RecurrentModule(nn.Module, ABC):
     def features(self, state: State) -> Tensor:
         """Return the output that belongs to a state: that of the step that led to it."""
 
+    def library_run(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
+        """Run all steps by torch's own kernel, where there is one that computes the same; else ``None``."""
+        return None
+
     def loop_weights(self) -> Weights:
         """Return the weights that every step uses, prepared once a sequence."""
         return ()
@@ -117,6 +121,9 @@ class RecurrentModule(nn.Module, ABC):
 
         Shape: ``x`` (B, T, d), ``mask`` (B, T), every tensor of the state (B, ...) → (B, T, outputs).
 
+        Where torch has a kernel for the same network it is used, unless there is a mask; on a GPU that kernel cannot be
+        differentiated twice, :meth:`step` can.
+
         Returns:
             The outputs, and the state after the last step.
 
@@ -152,6 +159,11 @@ class RecurrentModule(nn.Module, ABC):
         check_sequence(x, self.input_size)
         check_mask(x, mask)
         current = self.checked_state(x, state)
+        # A compiler sees through our loop, and not into the library's.
+        if mask is None and forced is None and not torch.compiler.is_compiling():
+            whole = self.library_run(x, current)
+            if whole is not None:
+                return self.readout(whole[0]), whole[1]
         weights = self.loop_weights()
         hidden = []
         kept = None if mask is None else mask.transpose(0, 1).unsqueeze(-1).unbind(0)

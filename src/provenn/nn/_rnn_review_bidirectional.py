@@ -29,8 +29,8 @@ class BiRNN(RecurrentModule):
 
     Raises:
         ValueError: The cells' input sizes differ, a cell needs the future itself, ``output`` is unknown or given
-            without ``output_size``; a sequence ``x`` is empty or of another size, or ``state`` or ``mask`` do not fit it. Also
-            :meth:`step`: there is no output before the whole input is known.
+            without ``output_size``; a sequence ``x`` is empty or of another size, or ``state`` or ``mask`` do not fit
+            it. Also :meth:`step`: there is no output before the whole input is known.
         TypeError: A cell is no recurrent module, or ``mask`` is not boolean.
 
     Cost: both cells' together.

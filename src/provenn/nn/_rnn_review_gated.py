@@ -98,6 +98,19 @@ class PeepholeLSTM(RecurrentModule):
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
         return ((self.hidden_size,), (self.hidden_size,))
 
+    def library_run(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
+        if self.peephole is not None or not self.forget_gate or self.truncated_gradient:
+            return None
+        weights = [self._in_torch_order(one) for one in (self.weight_ih, self.weight_hh, self.bias)]
+        start = [one.unsqueeze(0) for one in state]
+        none = torch.zeros_like(self.bias)
+        hidden, h, s = torch.lstm(x, start, [*weights, none], True, 1, 0.0, self.training, False, True)
+        return hidden, (h.squeeze(0), s.squeeze(0))
+
+    def _in_torch_order(self, stacked: Tensor) -> Tensor:
+        i, f, o, g = stacked.split(self.hidden_size)
+        return torch.cat((i, f, g, o))
+
     def loop_weights(self) -> Weights:
         if self.peephole is None:
             return (self.weight_hh.t(),)
@@ -193,8 +206,16 @@ class GRU(RecurrentModule):
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
         return ((self.hidden_size,),)
 
+    def library_run(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
+        weights = [self.weight_ih, self.weight_hh, self.bias, self._inner_bias()]
+        hidden, h = torch.gru(x, state[0].unsqueeze(0), weights, True, 1, 0.0, self.training, False, True)
+        return hidden, (h.squeeze(0),)
+
+    def _inner_bias(self) -> Tensor:
+        return torch.cat((self.bias_n.new_zeros(2 * self.hidden_size), self.bias_n))
+
     def loop_weights(self) -> Weights:
-        return (self.weight_hh.t(), torch.cat((self.bias_n.new_zeros(2 * self.hidden_size), self.bias_n)))
+        return self.weight_hh.t(), self._inner_bias()
 
     def project(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight_ih, self.bias)

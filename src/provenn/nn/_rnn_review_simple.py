@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from provenn.core.experiment.checks import check_number
 from provenn.nn._rnn_review_base import (
     ACTIVATIONS,
     OUTPUTS,
+    Function,
     RecurrentModule,
     State,
     Weights,
@@ -19,6 +21,11 @@ from provenn.nn._rnn_review_base import (
     chosen,
     uniform_,
 )
+
+_KERNELS: dict[Function, Callable[..., tuple[Tensor, Tensor]]] = {
+    torch.tanh: torch.rnn_tanh,
+    torch.relu: torch.rnn_relu,
+}
 
 
 class ElmanRNN(RecurrentModule):
@@ -92,6 +99,14 @@ class ElmanRNN(RecurrentModule):
 
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
         return ((self.hidden_size,),)
+
+    def library_run(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
+        kernel = _KERNELS.get(self._activation)
+        if kernel is None:
+            return None
+        weights = [self.weight_ih, self.weight_hh, self.bias, torch.zeros_like(self.bias)]
+        hidden, h = kernel(x, state[0].unsqueeze(0), weights, True, 1, 0.0, self.training, False, True)
+        return hidden, (h.squeeze(0),)
 
     def loop_weights(self) -> Weights:
         return (self.weight_hh.t(),)

@@ -43,7 +43,12 @@ LOSSES: dict[str, StepLoss] = {
 
 @dataclass(frozen=True)
 class TBPTTResult:
-    """A finished training: one record an epoch, and the trained model."""
+    """A finished training.
+
+    Args:
+        history: One record an epoch.
+        model: The trained model.
+    """
 
     history: list[Epoch]
     model: nn.Module
@@ -160,6 +165,19 @@ class TBPTT:
             ValueError: A shape does not fit ``x``, or the checkpoint is of another run.
             FloatingPointError: The loss is no finite number any more.
         """
+        epochs = self.train(x, y, target_mask, mask, checkpoint=checkpoint)
+        return TBPTTResult(run_to_end(epochs, checkpoint, progress), self.model)
+
+    def train(
+        self,
+        x: Float[Tensor, "sequences time input"],
+        y: Tensor,
+        target_mask: Bool[Tensor, "sequences time"] | None = None,
+        mask: Bool[Tensor, "sequences time"] | None = None,
+        *,
+        checkpoint: str | Path | None = None,
+    ) -> Iterator[Epoch]:
+        """Train as :meth:`fit` does, yielding after every epoch; the arguments are the same."""
         data = self._data(x, y, target_mask, mask)
         optimizer = self._optimizer(self.model.parameters())
 
@@ -170,7 +188,7 @@ class TBPTT:
                 with seeded(self.seed, "dropout", epoch, place):
                     yield batch
 
-        epochs = train(
+        return train(
             self.model,
             optimizer,
             batches,
@@ -179,7 +197,6 @@ class TBPTT:
             update=partial(self._update, optimizer),
             checkpoint=checkpoint,
         )
-        return TBPTTResult(run_to_end(epochs, checkpoint, progress), self.model)
 
     def gradient(
         self,
