@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,11 +31,8 @@ _FORMULAS: Mapping[str, str] = {
 }  # fmt: skip
 
 
-class Node(NamedTuple):
-    """One operation, and the indices of the nodes that it takes."""
-
-    op: str
-    inputs: tuple[int, ...]
+Node = tuple[str, tuple[int, ...]]
+"""An operation, and the indices of the nodes that it takes."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class NormActSpace:
         if not isinstance(graph, NormActGraph) or len(graph.nodes) > self.nodes:
             return False
         allowed = set(self.operations)
-        return all(node.op in allowed for node in graph.nodes)
+        return all(op in allowed for op, _ in graph.nodes)
 
 
 @dataclass(frozen=True)
@@ -95,16 +92,16 @@ class NormActGraph:
     nodes: tuple[Node, ...]
 
     def __post_init__(self) -> None:
-        made = tuple(Node(op, tuple(inputs)) for op, inputs in self.nodes)
+        made = tuple((op, tuple(inputs)) for op, inputs in self.nodes)
         if not made:
             raise ValueError("nodes must hold one operation or more, got none")
-        for place, node in enumerate(made, len(INPUTS)):
-            if node.op not in OPERATIONS:
-                raise ValueError(f"nodes must name known operations, got {node.op!r}")
-            if len(node.inputs) != arity(node.op):
-                raise ValueError(f"nodes must give {node.op} {arity(node.op)} inputs, got {node.inputs}")
-            if not all(0 <= index < place for index in node.inputs):
-                raise ValueError(f"nodes must take earlier nodes, below {place}, got {node.inputs}")
+        for place, (op, inputs) in enumerate(made, len(INPUTS)):
+            if op not in OPERATIONS:
+                raise ValueError(f"nodes must name known operations, got {op!r}")
+            if len(inputs) != arity(op):
+                raise ValueError(f"nodes must give {op} {arity(op)} inputs, got {inputs}")
+            if not all(0 <= index < place for index in inputs):
+                raise ValueError(f"nodes must take earlier nodes, below {place}, got {inputs}")
         object.__setattr__(self, "nodes", made)
 
     @classmethod
@@ -118,7 +115,7 @@ class NormActGraph:
             ValueError: It is unknown.
         """
         check_choice("name", name, _KNOWN)
-        return cls(tuple(Node(op, inputs) for op, inputs in _KNOWN[name]))
+        return cls(_KNOWN[name])
 
     @classmethod
     def random(cls, space: NormActSpace, generator: torch.Generator) -> NormActGraph:
@@ -149,7 +146,7 @@ class NormActGraph:
         found = {len(INPUTS) + len(self.nodes) - 1}
         for place in range(len(INPUTS) + len(self.nodes) - 1, len(INPUTS) - 1, -1):
             if place in found:
-                found.update(self.nodes[place - len(INPUTS)].inputs)
+                found.update(self.nodes[place - len(INPUTS)][1])
         return frozenset(found)
 
     def hash(self) -> str:
@@ -159,7 +156,8 @@ class NormActGraph:
     def to_formula(self) -> str:
         """Return the function as text, with γ and β; shared nodes are written out wherever they are used."""
         body = _folded(self, _formula)
-        return f"{body[1:-1] if body.startswith('(') and _closes_last(body) else body} · γ + β"
+        is_product = self.nodes[-1][0] in ("mul", "div")
+        return f"{body[1:-1] if is_product else body} · γ + β"
 
     def to_module(self, num_features: int, **options: Any) -> NormActLayer:
         """Return the graph as a layer.
@@ -180,7 +178,7 @@ def arity(op: str) -> int:
 
 def _draw(space: NormActSpace, place: int, generator: torch.Generator) -> Node:
     op = space.operations[_below(len(space.operations), generator)]
-    return Node(op, tuple(_below(place, generator) for _ in range(arity(op))))
+    return op, tuple(_below(place, generator) for _ in range(arity(op)))
 
 
 def _below(bound: int, generator: torch.Generator) -> int:
@@ -191,9 +189,9 @@ def _folded(graph: NormActGraph, write: Any) -> str:
     """Write every used node in terms of what was written of its inputs; return the output's."""
     written = dict(enumerate(INPUTS))
     used = graph.used
-    for place, node in enumerate(graph.nodes, len(INPUTS)):
+    for place, (op, inputs) in enumerate(graph.nodes, len(INPUTS)):
         if place in used:
-            written[place] = write(node.op, [written[index] for index in node.inputs])
+            written[place] = write(op, [written[index] for index in inputs])
     return written[len(INPUTS) + len(graph.nodes) - 1]
 
 
@@ -206,17 +204,7 @@ def _formula(op: str, inputs: list[str]) -> str:
     return _FORMULAS.get(op, op + "({})").format(*inputs)
 
 
-def _closes_last(text: str) -> bool:
-    """Return whether the bracket that opens a text closes at its end."""
-    depth = 0
-    for place, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0:
-            return place == len(text) - 1
-    return False
-
-
-_KNOWN: Mapping[str, tuple[tuple[str, tuple[int, ...]], ...]] = {
+_KNOWN: Mapping[str, tuple[Node, ...]] = {
     "SiLU": (("sigmoid", (0,)), ("mul", (0, 4))),
     # batch norm's own scale and shift come before the maximum: v1 and v0 stand for them
     "BN-ReLU": (

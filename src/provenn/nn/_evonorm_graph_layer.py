@@ -104,13 +104,14 @@ class NormActLayer(nn.Module):
                 start = torch.zeros if op.startswith("mean") else torch.ones
                 self.register_buffer(_running(index), start(num_features, **place))
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Return γ times the graph's output plus β.
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+        """Compute γ times the graph's output plus β.
 
         Args:
             x: Feature maps.
+
+        Returns:
+            Feature maps of the same shape and type.
         """
         check_images(x, self.num_features)
         if self.steps and x.shape[0] > 0:
@@ -120,7 +121,9 @@ class NormActLayer(nn.Module):
                     found[index] = _per_channel(vector, x)
             for place, op, inputs in self.steps:
                 taken = [found[index] for index in inputs]
-                found[place] = self._aggregated(place, op, taken[0], x) if op in AGGREGATIONS else ELEMENTWISE[op](*taken)
+                found[place] = (
+                    self._aggregated(place, op, taken[0], x) if op in AGGREGATIONS else ELEMENTWISE[op](*taken)
+                )
             x = found[self.steps[-1][0]].expand_as(x)
         return x * _per_channel(self.weight, x) + _per_channel(self.bias, x)
 

@@ -45,8 +45,8 @@ class EvoNorm2d(nn.Module):
         B2  x / max(√s²_{b,w,h}, √μ_{w,h}(x²) − x)         S2  x σ(x) / √μ_{w,h,c/g}(x²)
 
     each times γ plus β. In training the B kinds keep a running variance, which in eval mode stands for the batch's;
-    the statistics of a sample are always its own. Nothing is centred, so there is no running mean. Statistics are
-    taken in float32 or wider, also under autocast; the output has the type of the input.
+    the statistics of a sample are always its own. Nothing is centred, so there is no running mean. Statistics, and
+    divisors of the B kinds, are taken in float32 or wider, also under autocast; the output has the input's type.
 
     Args:
         num_features: C, the channels.
@@ -124,13 +124,14 @@ class EvoNorm2d(nn.Module):
             if one is not None:
                 nn.init.ones_(one)
 
-    def forward(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels height width"]:
-        """Return the normalised and activated feature maps.
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+        """Normalise and activate.
 
         Args:
             x: Feature maps.
+
+        Returns:
+            Feature maps of the same shape and type.
         """
         check_images(x, self.num_features)
         if self.apply_act and x.shape[0] > 0:
@@ -138,13 +139,16 @@ class EvoNorm2d(nn.Module):
         return x * _per_channel(self.weight, x) + _per_channel(self.bias, x)
 
     def _batched(self, x: Tensor) -> Tensor:
-        shared = _per_channel((self._variance(x) + self.eps).sqrt(), x)
+        precise = wide(x)  # for the whole divisor: products overflow in half precision, and rms − x cancels
+        shared = (self._variance(precise) + self.eps).sqrt().view(1, -1, 1, 1)
         if self.kind == "B0":
             assert self.v is not None
-            spread = wide(x).var((2, 3), correction=0, keepdim=True)
-            return x / torch.maximum(shared, _per_channel(self.v, x) * x + self._root(spread, x))
-        size = self._root(wide(x).square().mean((2, 3), keepdim=True), x)
-        return x / torch.maximum(shared, (x + 1) * size if self.kind == "B1" else size - x)
+            spread = (precise.var((2, 3), correction=0, keepdim=True) + self.eps).sqrt()
+            own = _per_channel(self.v, precise) * precise + spread
+        else:
+            size = (precise.square().mean((2, 3), keepdim=True) + self.eps).sqrt()
+            own = (precise + 1) * size if self.kind == "B1" else size - precise
+        return (precise / torch.maximum(shared, own)).to(x.dtype)
 
     def _variance(self, x: Tensor) -> Tensor:
         """Return the batch's variance, and let the running one follow it; in eval mode return the running one."""
@@ -154,7 +158,7 @@ class EvoNorm2d(nn.Module):
         count = x.numel() // self.num_features
         if count == 1:
             raise ValueError(f"x must have more than one value a channel in training, got shape {tuple(x.shape)}")
-        variance = wide(x).var((0, 2, 3), correction=0)
+        variance = x.var((0, 2, 3), correction=0)
         with torch.no_grad():
             newest = (variance * (count / (count - 1))).to(self.running_var.dtype)
             self.running_var.lerp_(newest, self.momentum)
@@ -170,10 +174,7 @@ class EvoNorm2d(nn.Module):
             scale = grouped.var((2, 3, 4), correction=0, keepdim=True)
         gate = x if self.v is None else _per_channel(self.v, x) * x
         active = (x * gate.sigmoid()).unflatten(1, (self.groups, -1))
-        return (active / self._root(scale, x)).flatten(1, 2)
-
-    def _root(self, square: Tensor, x: Tensor) -> Tensor:
-        return (square + self.eps).sqrt().to(x.dtype)
+        return (active / (scale + self.eps).sqrt().to(x.dtype)).flatten(1, 2)
 
     def extra_repr(self) -> str:
         """Describe the layer in a line."""

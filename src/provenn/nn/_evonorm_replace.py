@@ -61,7 +61,7 @@ def replace_norm_act(
 
     Cost: memory of the copy; the model is traced, not run.
 
-    Source: arXiv 2004.02967, section 4: BN-ReLU pairs become EvoNorm; where no activation follows, the affine map stays.
+    Source: arXiv 2004.02967, section 4: EvoNorm in place of BN-ReLU, the affine map where no activation follows.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -232,7 +232,7 @@ def _rewritten(owner: nn.Module, drop: list[bool]) -> fx.GraphModule:
         if goes:
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
-    return fx.GraphModule(owner, graph, name).train(owner.training)
+    return fx.GraphModule(owner, graph, name)
 
 
 def _shallow(owner: nn.Module, other_mode: bool = False) -> fx.Graph:
