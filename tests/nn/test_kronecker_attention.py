@@ -200,6 +200,7 @@ CASES = [
             bad_operands(tensor_attention_poly, "degree", TypeError, degree=2.0),
             bad_operands(tensor_attention_poly, "tol", tol=1.0),
             bad_operands(tensor_attention_poly, "tol", tol=1e-15, bound=2.0, basis="chebyshev"),
+            bad_operands(tensor_attention_poly, "bound", bound=5.0, degree=2, basis="chebyshev"),
             bad_operands(tensor_attention_poly, "basis", basis="fourier"),
             bad_operands(tensor_attention_poly, "max_rank", max_rank=5),
             bad_operands(tensor_attention_poly, "max_rank", bound=1000.0),
@@ -531,6 +532,29 @@ def test_errors_say_the_entry_and_the_rank_needed():
         tensor_attention_poly(q, ks, vs, bound=1.5)
     with pytest.raises(ValueError, match=r"max_rank must be at least 52360 .*got 20000"):
         tensor_attention_poly(q, ks, vs, bound=2.0)
+
+
+@pytest.mark.parametrize("basis", ["taylor", "chebyshev"])
+def test_float32_operands_keep_the_guarantee_where_terms_cancel(basis):
+    # All scores are near −8: terms as large as e⁸ sum to e⁻⁸, of which float32 would leave no digit.
+    q = torch.full((4, 1), 2.0)
+    k1, k2 = 0.05 * uniform(6, 1, dtype=torch.float32) - 1.95, torch.full((6, 1), 2.0)
+    vs = [uniform(6, 2, seed=seed, dtype=torch.float32) for seed in (1, 2)]
+    found, report = tensor_attention_poly(q, [k1, k2], vs, bound=2.0, basis=basis)
+    assert found.dtype == torch.float32
+    wanted = dense(q.double(), [k1.double(), k2.double()], [v.double() for v in vs])
+    assert (found - wanted).abs().max() <= report.output_error
+
+
+def test_a_tolerance_below_rounding_is_refused():
+    ones = torch.ones(2, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"tol = 0\.001 is out of reach for bound = 3"):
+        tensor_attention_poly(3 * ones, [ones, ones], [ones, ones])
+
+
+def test_a_large_bound_with_a_given_degree_has_no_guarantee():
+    report = tensor_attention_poly(*operands(dim=1), degree=2, bound=1000.0)[1]
+    assert report.entry_error == report.output_error == math.inf
 
 
 def test_polynomial_memory_grows_as_the_number_of_tokens():

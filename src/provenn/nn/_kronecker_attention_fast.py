@@ -13,7 +13,14 @@ from provenn.core.experiment.checks import check_number
 from provenn.core.sequences.attention import wide
 from provenn.core.sequences.streaming import BLOCK
 from provenn.nn._kronecker_attention_exact import as_list, check_factors
-from provenn.nn._kronecker_attention_polynomial import MAX_RANK, Plan, PolynomialReport, monomials, polynomial_plan
+from provenn.nn._kronecker_attention_polynomial import (
+    MAX_RANK,
+    Plan,
+    PolynomialReport,
+    monomials,
+    polynomial_plan,
+    rounding_error,
+)
 
 
 def tensor_attention_poly(
@@ -48,15 +55,15 @@ def tensor_attention_poly(
         q (..., L, d), k_m (..., S_m, d), v_m (..., S_m, e) → (..., L, e).
 
     Returns:
-        The output in the type of ``q``, computed in float32 at least, and what the approximation is made of. Sums of
-        alternating terms lose precision like exp(2Bᵏ): in float32, Bᵏ above 4 or so wants float64 operands.
+        The output in the type of ``q``, and what the approximation is made of. Sums of alternating terms lose precision
+        like exp(2Bᵏ): they are computed in float32 where that is below the polynomial's own error, else in float64.
 
     Raises:
         TypeError: ``ks`` or ``vs`` is one tensor, or types differ.
         ValueError: An entry exceeds ``bound``; the rank needed is above ``max_rank`` (the message says it); a
             denominator is not positive, as odd Taylor polynomials have it far below zero; or ``ks`` and ``vs`` do not
-            fit. Bound and denominators are checked by value, and so not under ``torch.compile``; there, ``bound`` must
-            be given.
+            fit; or ``tol`` is below what rounding allows. What is checked by value is not checked under
+            ``torch.compile``, where the choice of the degree also breaks the graph; the layer chooses when it is built.
 
     Cost: time O((L + Σ S_m) r e), memory O((L + Σ S_m) r); the causal form's running totals hold O(block + r e), and
     O(L r e) in training.
@@ -101,7 +108,10 @@ def attend_by_plan(q: Tensor, ks: Sequence[Tensor], vs: Sequence[Tensor], plan: 
     Raises:
         ValueError: A denominator is not positive (checked where the plan's error allows it).
     """
-    dtype, degree = wide(q.dtype), plan.report.degree
+    report, dtype = plan.report, wide(q.dtype)
+    degree = report.degree
+    if rounding_error(report.bound ** (len(ks) + 1), dtype) > report.entry_error:
+        dtype = torch.float64
     with torch.autocast(q.device.type, enabled=False):
         features = monomials(q.to(dtype), degree) * q.new_tensor(plan.weights, dtype=dtype)
         keys = [monomials(k.to(dtype), degree) for k in ks]
@@ -109,7 +119,7 @@ def attend_by_plan(q: Tensor, ks: Sequence[Tensor], vs: Sequence[Tensor], plan: 
         values = [torch.cat([v.to(dtype), torch.ones_like(v[..., :1], dtype=dtype)], dim=-1) for v in vs]
         sums = _running_sums(features, keys, values) if causal else torch.matmul(features, _totals(keys, values))
         denominators = sums[..., -1:]
-        if plan.report.entry_error >= 1 and not torch.compiler.is_compiling() and not bool((denominators > 0).all()):
+        if report.entry_error >= 1 and not torch.compiler.is_compiling() and not bool((denominators > 0).all()):
             raise ValueError(
                 f"degree = {degree} gives denominators that are not positive, down to {float(denominators.min()):g}"
             )

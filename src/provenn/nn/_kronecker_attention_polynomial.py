@@ -18,7 +18,7 @@ from provenn.core.experiment.checks import check_choice, check_integer, check_nu
 BASES = ("taylor", "chebyshev")
 MAX_RANK = 20_000
 _LARGEST_RANGE = 1e4  # beyond it no rank is in reach, and the search for the degree takes long
-_LARGEST_CHEBYSHEV = 100  # degrees that are tried
+_LARGEST_CHEBYSHEV = 100  # degrees that are tried, and interval half-width
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PolynomialReport:
         basis: ``"taylor"`` or ``"chebyshev"``.
         entry_error: ε, the largest relative error of an entry exp(score), for scores in [−Bᵏ, Bᵏ].
         output_error: 2ε/(1 − ε), the largest error of an output where no entry of V₁ ⊘ ⋯ is larger than 1 in
-            magnitude; infinite for ε ≥ 1. Rounding comes on top: of the order of machine epsilon times exp(2Bᵏ).
+            magnitude; infinite for ε ≥ 1. Rounding comes on top: see :func:`rounding_error`.
     """
 
     degree: int
@@ -58,6 +58,8 @@ def taylor_error(degree: int, reach: float) -> float:
     """
     if reach == 0:
         return 0.0
+    if reach > _LARGEST_RANGE:
+        return math.inf
     m = np.arange(int(3 * reach) + 60)
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, len(m))))])
     terms = (degree + 1 + m) * math.log(reach) - log_factorial - math.lgamma(degree + 1) - np.log(degree + 1 + m)
@@ -90,6 +92,11 @@ def polynomial_coefficients(degree: int, reach: float, basis: str) -> list[float
     series = chebyshev.cheb2poly(_chebyshev_series(degree, reach))
     padded = np.concatenate([series, np.zeros(degree + 1 - len(series))])
     return [float(c) for c in padded / reach ** np.arange(degree + 1)]
+
+
+def rounding_error(reach: float, dtype: torch.dtype) -> float:
+    """Return the order of the relative rounding error of exp(−reach), summed from terms as large as exp(reach)."""
+    return torch.finfo(dtype).eps * math.exp(2 * reach) if reach < 300 else math.inf
 
 
 def _smallest_degree(error: Callable[[int], float], tol: float) -> int:
@@ -130,7 +137,8 @@ def polynomial_plan(
         max_rank: Largest number of monomials.
 
     Raises:
-        ValueError: A number is out of bounds, or the rank needed is above ``max_rank``.
+        ValueError: A number is out of bounds, the rank needed is above ``max_rank``, or rounding alone is above
+            ``tol``.
     """
     check_choice("basis", basis, BASES)
     check_number("bound", bound, at_least=0)
@@ -144,10 +152,17 @@ def polynomial_plan(
         raise ValueError(f"max_rank must be at least {least} for bound = {bound:g}, got {max_rank}")
     if basis == "chebyshev":
         reach = max(reach, 1e-3)  # the points must not coincide; a wider interval covers the narrow one
+        if reach > _LARGEST_CHEBYSHEV:
+            raise ValueError(
+                f'bound must be at most {_LARGEST_CHEBYSHEV ** (1 / order):g} with basis="chebyshev", got {bound}'
+            )
     chosen = _chosen_degree(reach, tol, basis) if degree is None else degree
     rank = math.comb(dim + chosen, dim)
     if rank > max_rank:
         raise ValueError(f"max_rank must be at least {rank} (degree {chosen}, bound {bound:g}), got {max_rank}")
+    rounding = rounding_error(reach, torch.float64)
+    if degree is None and rounding > tol:
+        raise ValueError(f"tol = {tol:g} is out of reach for bound = {bound:g}: float64 rounds by {rounding:.1g}")
     error = taylor_error(chosen, reach) if basis == "taylor" else chebyshev_error(chosen, reach)
     output_error = 2 * error / (1 - error) if error < 1 else math.inf
     report = PolynomialReport(chosen, rank, float(bound), basis, error, output_error)
@@ -164,8 +179,8 @@ def _weights(dim: int, coefficients: list[float]) -> tuple[float, ...]:
             exponents = np.concatenate(
                 [exponents[: _prefix(power, last)] + np.eye(dim, dtype=np.int64)[last] for last in range(dim)]
             )
-        multinomial = np.exp(log_factorial[power] - log_factorial[exponents].sum(axis=1))
-        weights.append(coefficient * multinomial / float(dim) ** power)
+        share = log_factorial[power] - log_factorial[exponents].sum(axis=1) - power * math.log(dim)
+        weights.append(coefficient * np.exp(share))
     return tuple(np.concatenate(weights).tolist())
 
 
