@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from provenn.contracts import BadInput, FunctionCase, InitCase, ModuleCase, Moment
+from provenn.contracts import BadInput, FunctionCase, InitCase, ModuleCase, Moment, ProbeCase
 from provenn.core.experiment.accounting import model_size, multiply_accumulates
 from provenn.core.experiment.networks import resnet
 from provenn.core.experiment.seeding import seeded
@@ -18,9 +18,11 @@ from provenn.nn import (
     QuadraticConv2d,
     QuadraticLinear,
     ReLinearShrink,
+    polynomial_pieces,
     quadratize,
     relinear_init_,
     relinear_param_groups,
+    variety_dimension,
 )
 
 
@@ -99,6 +101,67 @@ def quadratize_bad():
         BadInput("model", lambda: quadratize([nn.Linear(2, 2)]), TypeError),
         BadInput("compact", lambda: quadratize(nn.Linear(2, 2), compact=1), TypeError),
     )
+
+
+def piecewise_model():
+    net = nn.Sequential(QuadraticLinear(2, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 3), nn.ReLU()), nn.Linear(3, 2))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.normal_()
+    return net
+
+
+def polynomial_model():
+    return nn.Sequential(QuadraticLinear(2, 2), QuadraticLinear(2, 2, compact=True), nn.Linear(2, 1))
+
+
+def line(generator):
+    return 2 * torch.rand(2, generator=generator) - 3, 2 * torch.rand(2, generator=generator) + 1
+
+
+def sampled_pieces(model, points, count=200_001):
+    """Count stretches of equal activation patterns on a dense grid, with NumPy."""
+    t = np.linspace(0, 1, count)[:, None]
+    x = (1 - t) * points[0].double().numpy() + t * points[1].double().numpy()
+    patterns = []
+    for layer in model.modules():
+        if isinstance(layer, QuadraticLinear):
+            r, g, b = (x @ part.weight.detach().double().numpy().T + part.bias.detach().double().numpy()
+                       for x, part in ((x, layer.r), (x, layer.g), (x * x, layer.b)))  # fmt: skip
+            x = r * (g + 1) + b
+        elif isinstance(layer, nn.Linear) and layer in LINEAR(model):
+            x = x @ layer.weight.detach().double().numpy().T + layer.bias.detach().double().numpy()
+        elif isinstance(layer, nn.ReLU):
+            patterns.append(x > 0)
+            x = np.maximum(x, 0)
+    switched = (np.diff(np.concatenate(patterns, axis=1).astype(int), axis=0) != 0).any(axis=1)
+    return t[1:, 0][switched]
+
+
+def LINEAR(model):  # noqa: N802 - linear layers that are not a map of a quadratic one
+    inside = {part for layer in model.modules() if isinstance(layer, QuadraticLinear) for part in layer.modules()}
+    return {part for part in model.modules() if isinstance(part, nn.Linear)} - inside
+
+
+def rank_by_differences(model, features):
+    """Rank of the Jacobian of coefficients: values on a grid, derivatives by central differences, NumPy's rank."""
+    model = model.double()
+    degree = 4
+    grid = torch.tensor(list(itertools.product(np.cos(np.arange(degree + 1) * np.pi / degree), repeat=features)))
+    vector = np.random.default_rng(5).normal(size=sum(p.numel() for p in model.parameters()))
+
+    @torch.no_grad()
+    def values(vector):
+        nn.utils.vector_to_parameters(torch.from_numpy(vector), model.parameters())
+        return model(grid).flatten().numpy().copy()
+
+    jacobian = [(values(vector + 1e-4 * one) - values(vector - 1e-4 * one)) / 2e-4 for one in np.eye(len(vector))]
+    return int(np.linalg.matrix_rank(np.stack(jacobian), tol=1e-6))
+
+
+def bad_line(argument, error=ValueError, **changes):
+    given = {"model": piecewise_model(), "start": torch.zeros(2), "end": torch.ones(2), **changes}
+    return BadInput(argument, lambda: polynomial_pieces(**given), error)
 
 
 CASES = [
@@ -193,6 +256,43 @@ CASES = [
         part="provenn.nn.quadratize",
         call=lambda: quadratize(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Conv2d(2, 2, 3))),
         bad_input=quadratize_bad(),
+    ),
+    ProbeCase(
+        part="provenn.nn.polynomial_pieces",
+        run=lambda model, data: polynomial_pieces(model, *data),
+        model=piecewise_model,
+        data=line,
+        brute_force=lambda model, data: {
+            "pieces": 1 + len(sampled_pieces(model, data)),
+            "breakpoints": tuple(sampled_pieces(model, data).tolist()),
+            "degree": 2,
+        },
+        tolerance=1e-4,  # the spacing of the grid is 5e-6
+        bad_input=(
+            bad_line("model", TypeError, model=nn.Sequential(nn.Linear(2, 2), nn.Tanh())),
+            bad_line("model", TypeError, model=nn.Sequential(QuadraticConv2d(2, 2, 1))),
+            bad_line("model", TypeError, model="net"),
+            bad_line("start", TypeError, start=torch.zeros(2, dtype=torch.int64)),
+            bad_line("start", start=torch.zeros(3), end=torch.ones(3)),
+            bad_line("end", end=torch.zeros(2)),
+            bad_line("end", end=torch.ones(1, 2)),
+        ),
+    ),
+    ProbeCase(
+        part="provenn.nn.variety_dimension",
+        run=lambda model, data: variety_dimension(model, 2),
+        model=polynomial_model,
+        data=lambda generator: None,
+        brute_force=lambda model, data: {
+            "dimension": rank_by_differences(model, 2),
+            "parameters": 18 + 12 + 3,
+        },
+        bad_input=(
+            BadInput("features", lambda: variety_dimension(polynomial_model(), 0)),
+            BadInput("model", lambda: variety_dimension(piecewise_model(), 2), TypeError),
+            BadInput("model", lambda: variety_dimension(nn.Identity(), 2)),
+            BadInput("model", lambda: variety_dimension(None, 2), TypeError),
+        ),
     ),
 ]
 
@@ -619,3 +719,27 @@ def test_rezero_starts_every_block_as_its_skip():
     assert all(factor.grad is not None and factor.grad != 0 for factor in factors)
     groups = {group["name"]: group["params"] for group in relinear_param_groups(model, 0.1, 1e-3, 1e-3)}
     assert all(any(factor is held for held in groups["linear"]) for factor in factors)
+
+
+# Pieces on a line; the other tests of the instruments are in test_quadratic_networks_probes.py.
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_deep_pieces_agree_with_dense_sampling_and_are_polynomials(seed):
+    wide = 5
+    kinds = [lambda: QuadraticLinear(2, wide), nn.ReLU, lambda: QuadraticLinear(wide, wide), nn.ReLU]
+    model = drawn(lambda: nn.Sequential(*(kind() for kind in [*kinds, lambda: QuadraticLinear(wide, 1)])), seed, 0.7)
+    points = torch.tensor([-1.5, -1.0]), torch.tensor([1.5, 2.0])
+    found = polynomial_pieces(model, *points)
+    assert found.degree == 8
+    sampled = sampled_pieces(model, points)
+    exact = np.array(found.breakpoints)
+    assert all(np.abs(sampled - one).min() < 1e-5 for one in exact)
+    assert all(np.abs(exact - one).min() < 1e-5 for one in sampled)
+    edges = [0.0, *found.breakpoints, 1.0]
+    left, right = max(itertools.pairwise(edges), key=lambda pair: pair[1] - pair[0])
+    nodes = np.cos((np.arange(20) + 0.5) * np.pi / 20)
+    t = torch.from_numpy(left + (right - left) * (1 + nodes) / 2)[:, None]
+    values = model((1 - t) * points[0].double() + t * points[1].double())[:, 0].detach().numpy()
+    fit = np.polynomial.chebyshev.chebfit(nodes, values, 19)
+    assert np.abs(fit[9:]).max() < 1e-10 * np.abs(fit).max()

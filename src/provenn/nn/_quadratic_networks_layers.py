@@ -78,6 +78,9 @@ class QuadraticLayer(nn.Module):
 
         Args:
             x: The inputs, as the linear layer takes them.
+
+        Returns:
+            The outputs, shaped as the linear layer's; in the parameters' type.
         """
         self._check(x)
         r = self.r(x)
@@ -93,7 +96,8 @@ class QuadraticLayer(nn.Module):
         if self.g is None:
             return (r + power).to(kept)
         gate = self._map(self.g, x, self.g.weight, self.g.bias + 1)
-        return torch.addcmul(power, r.to(wide), gate.to(wide)).to(kept)
+        q = r.to(wide) * gate.to(wide)
+        return q.add_(power).to(kept)  # not addcmul, whose gradient multiplies once more
 
     def _power(self, x: Tensor, wide: torch.dtype) -> Tensor:
         bias = None if self.b.bias is None else self.b.bias.to(wide)

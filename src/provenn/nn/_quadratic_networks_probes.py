@@ -63,6 +63,9 @@ def polynomial_pieces(
         start: Where the line begins, t = 0.
         end: Where it ends, t = 1.
 
+    Shape:
+        start and end (features,).
+
     Returns:
         The pieces and their breakpoints.
 

@@ -105,6 +105,9 @@ class QResNet(nn.Module):
 
         Args:
             x: The images.
+
+        Returns:
+            One row an image.
         """
         y: Tensor = self.blocks(nn.functional.relu(self.stem(x)))
         logits: Tensor = self.classifier(y.mean(dim=(2, 3)))

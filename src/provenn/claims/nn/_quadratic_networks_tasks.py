@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import cast
 
 import numpy as np
 import torch
@@ -124,8 +125,8 @@ def network(arm: str, seed: int, channels_in: int) -> nn.Module:
     with seeded(seed, "weights"):
         model: nn.Module = resnet((8, 16, 32), 1, channels_in)
         inside = [name for name, part in model.named_modules() if isinstance(part, nn.Conv2d) and ".branch." in name]
-        for name in inside:
-            nn.init.kaiming_normal_(model.get_submodule(name).weight)
+        for part in (model.get_submodule(name) for name in inside):
+            nn.init.kaiming_normal_(cast(nn.Conv2d, part).weight)
         if arm == CONVENTIONAL:
             return model
         model = quadratize(model, inside)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,17 +61,17 @@ def _run_plane(trial: Trial) -> Iterator[Event]:
     splits = plane(trial.study, trial.seed, *(int(trial.budget[name]) for name in ("train", "validation", "test")))
     model = perceptron(trial.arm, trial.seed).to(trial.device)
     lr = float(trial.settings["lr"])
-    held: list = list(model.parameters())
+    held: list[Any] = list(model.parameters())
     if trial.arm == QUADRATIC:
         slow = lr * float(trial.settings["ratio"])
         held = relinear_param_groups(model, lr, slow, slow)
-    points = tuple(part.to(trial.device) for part in splits.train)
+    x, y = (part.to(trial.device) for part in splits.train)
     optimizer = torch.optim.Adam(held, lr=lr)
     steps, epochs = int(trial.budget["steps"]), int(trial.budget["epochs"])
 
     def batches(_: int) -> Iterator[Split]:
         for _ in range(steps // epochs):
-            yield points
+            yield x, y
 
     yield Metric("parameters", model_size(model).parameters)
     yield from _trained(trial, model, optimizer, batches, _logistic, epochs, None)
@@ -94,9 +95,9 @@ def _run_images(trial: Trial) -> Iterator[Event]:
     sizes = {name: int(value) for name, value in trial.budget.items() if name != "data"}
     found = images(str(trial.budget["data"]), sizes["train"], sizes["validation"], sizes["test"])
     model = network(trial.arm, trial.seed, found.train[0].shape[1])
-    model = model.to(trial.device, memory_format=torch.channels_last)  # in all arms; faster convolutions
+    model.to(trial.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload] # faster, in all arms
     lr = float(trial.settings["lr"])
-    held: list = list(model.parameters())
+    held: list[Any] = list(model.parameters())
     if trial.arm == RELINEAR:
         slow = lr * float(trial.settings["ratio"])
         held = relinear_param_groups(model, lr, slow, slow)
@@ -200,6 +201,8 @@ _IMAGES = Tuning(
     {RELINEAR: _each(lr=(0.05, 0.1), ratio=(1e-4, 1e-3, 1e-2)), CONVENTIONAL: _DECAYED, RANDOM: _DECAYED},
     metric="validation_accuracy",
 )
+_DIGITS: dict[str, Scalar] = {"data": "digits", "train": 1000, "validation": 300, "test": 497, "batch_size": 128}
+_PICTURES: dict[str, Scalar] = {"data": "cifar10", "validation": 1000, "test": 2000, "batch_size": 128}
 _POINTS: dict[str, Scalar] = {"train": 400, "validation": 1000, "test": 4000, "epochs": 5}
 
 
@@ -245,20 +248,12 @@ CLAIM = Claim(
         "images": Study(
             arms=(RELINEAR, CONVENTIONAL, RANDOM),
             tiers={
-                "smoke": Tier(
-                    1,
-                    {"data": "digits", "train": 1000, "validation": 300, "test": 497, "epochs": 1, "tuning_epochs": 1}
-                    | {"batch_size": 128},
-                ),
-                "small": Tier(
-                    3,
-                    {"data": "cifar10", "train": 3000, "validation": 1000, "test": 2000, "epochs": 4}
-                    | {"tuning_epochs": 2, "batch_size": 128},
-                ),
+                "smoke": Tier(1, {**_DIGITS, "epochs": 1, "tuning_epochs": 1}),
+                "small": Tier(3, {**_PICTURES, "train": 3000, "epochs": 4, "tuning_epochs": 2}),
                 "full": Tier(
                     3,
-                    {"data": "cifar10", "train": 45_000, "validation": 5000, "test": 10_000, "epochs": 200}
-                    | {"tuning_epochs": 200, "batch_size": 128},
+                    {**_PICTURES, "train": 45_000, "validation": 5000, "test": 10_000}
+                    | {"epochs": 200, "tuning_epochs": 200},
                 ),
             },
             tuning=_IMAGES,
