@@ -103,7 +103,7 @@ def spectra(x: Tensor, width: int, hop: int, window: Tensor | None = None) -> Te
 
 def power_of(real: Tensor, imaginary: Tensor, trained: bool) -> Tensor:
     """Return re² + im², on a floor where kernels are trained."""
-    power = real.square() + imaginary.square()
+    power = torch.addcmul(real.square(), imaginary, imaginary)
     return power + SILENCE if trained else power
 
 
@@ -117,7 +117,7 @@ def formatted(real: Tensor, imaginary: Tensor, output_format: Output, trained: b
     if output_format == "Phase":
         return torch.atan2(imaginary + 0.0, real)  # + 0.0: no −0, whose angle would be −π
     power = power_of(real, imaginary, trained)
-    return (power if trained else power.clamp_min(torch.finfo(power.dtype).tiny)).sqrt()
+    return (power if trained else power.clamp_min_(torch.finfo(power.dtype).tiny)).sqrt_()
 
 
 def check_layer(output_format: str, pad_mode: str) -> None:

@@ -27,8 +27,8 @@ def tensor_of(array: Array, device: torch.device | str | None, dtype: torch.dtyp
 
 def window_of(window: str, win_length: int, n_fft: int) -> Array:
     """Return a periodic window, padded with zeros on both sides to the frame."""
-    check_integer("n_fft", n_fft, at_least=2)
-    check_integer("win_length", win_length, at_least=1, at_most=n_fft)
+    check_integer("n_fft", n_fft, at_least=1)
+    check_integer("win_length", win_length, at_least=1, at_most=int(n_fft))
     try:
         values = np.asarray(get_window(window, win_length, fftbins=True), dtype=np.float64)
     except ValueError as error:
@@ -166,9 +166,9 @@ def waves(frequencies: Array, lengths: Array, sr: float, window: str) -> NDArray
     """
     width = 2 ** math.ceil(math.log2(max(lengths.max(), 2)))
     kernels = np.zeros((len(frequencies), width), dtype=np.complex128)
-    for row, frequency, length in zip(kernels, frequencies, lengths.astype(int), strict=True):
+    for row, frequency, length in zip(kernels, frequencies, lengths.astype(int).tolist(), strict=True):
         time = np.arange(length) - (length + 1) // 2
-        wave = window_of(window, length, length) if length > 1 else np.ones(1)
+        wave = window_of(window, length, length)
         wave = wave * np.exp(2j * math.pi * frequency / sr * time)
         start = (width - length) // 2
         row[start : start + length] = wave / np.abs(wave).sum()

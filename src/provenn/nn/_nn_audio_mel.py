@@ -134,7 +134,11 @@ class MelSpectrogram(Streaming):
         self.bank = FilterBank(bank, trainable in (True, "bank"), design)
 
     def forward(self, x: Float[Tensor, "*batch samples"]) -> Float[Tensor, "batch n_mels frames"]:
-        """Return the mel spectrogram of a batch of clips."""
+        """Return the mel spectrogram of a batch of clips.
+
+        Args:
+            x: Clips, of floating-point samples.
+        """
         bands: Tensor = self.bank(self.stft.power(x, self.power))
         return bands.transpose(1, 2).to(x.dtype)
 
@@ -204,7 +208,11 @@ class Gammatonegram(Streaming):
         self.bank = FilterBank(bank, trainable in (True, "bank"), design)
 
     def forward(self, x: Float[Tensor, "*batch samples"]) -> Float[Tensor, "batch n_bins frames"]:
-        """Return the gammatonegram of a batch of clips."""
+        """Return the gammatonegram of a batch of clips.
+
+        Args:
+            x: Clips, of floating-point samples.
+        """
         bands: Tensor = self.bank(self.stft.power(x, self.power))
         return bands.transpose(1, 2).to(x.dtype)
 
@@ -292,7 +300,11 @@ class MFCC(nn.Module):
         self.register_buffer("dct", tensor_of(transform, device, dtype))
 
     def forward(self, x: Float[Tensor, "*batch samples"]) -> Float[Tensor, "batch n_mfcc frames"]:
-        """Return the coefficients of a batch of clips."""
+        """Return the coefficients of a batch of clips.
+
+        Args:
+            x: Clips, of floating-point samples.
+        """
         level = 10 * self.mel(x).clamp_min(self.amin).log10()
         if self.top_db is not None and level.numel() > 0:
             level = torch.maximum(level, level.amax((1, 2), keepdim=True) - self.top_db)

@@ -127,7 +127,11 @@ class _Recursive(nn.Module):
         return WaveBank(kernels, lengths, self.trainable)
 
     def forward(self, x: Float[Tensor, "*batch samples"]) -> Float[Tensor, "..."]:
-        """Return the transform of a batch of clips."""
+        """Return the transform of a batch of clips.
+
+        Args:
+            x: Clips, of floating-point samples.
+        """
         given, x = x, as_batch(x)
         frames, hop = x.shape[-1] // self.hop_length + 1, self.hop_length // self.factor
         if self.factor > 1:

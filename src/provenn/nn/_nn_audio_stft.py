@@ -114,7 +114,11 @@ class STFT(Streaming):
             hold(self, "kernels", torch.stack((cosine, sine)), trainable)
 
     def forward(self, x: Float[Tensor, "*batch samples"]) -> Float[Tensor, "..."]:
-        """Return the spectrogram of a batch of clips."""
+        """Return the spectrogram of a batch of clips.
+
+        Args:
+            x: Clips, of floating-point samples.
+        """
         real, imaginary = self.parts(x)
         result = formatted(real, imaginary, self.output_format, self.trainable)
         return result.transpose(1, 2).to(x.dtype)
@@ -182,10 +186,6 @@ class ISTFT(nn.Module):
     Attributes:
         kernels: Inverse kernels for real and imaginary parts, (2, N//2 + 1, N); ``None`` unless trainable.
 
-    Args:
-        X: Real and imaginary parts, stacked last.
-        length: Samples to return; default all that the frames' centres span.
-
     Shape:
         X (batch, bins, frames, 2) → (batch, samples).
 
@@ -230,7 +230,12 @@ class ISTFT(nn.Module):
     def forward(
         self, X: Float[Tensor, "batch bins frames 2"], length: int | None = None
     ) -> Float[Tensor, "batch samples"]:
-        """Return the signals of a batch of spectrograms."""
+        """Return the signals of a batch of spectrograms.
+
+        Args:
+            X: Real and imaginary parts, stacked last.
+            length: Samples to return; default all that the frames' centres span.
+        """
         bins = self.n_fft // 2 + 1 if self.onesided else self.n_fft
         if X.ndim != 4 or X.shape[1] != bins or X.shape[3] != 2 or X.shape[2] < 1:
             raise ValueError(f"X must be (batch, {bins}, frames, 2), got {tuple(X.shape)}")
@@ -291,11 +296,6 @@ class GriffinLim(nn.Module):
         device: Where to put the window.
         dtype: Its type.
 
-    Args:
-        S: Magnitudes.
-        phase: Phases to start from, in radians, in the shape of ``S``; default uniformly random.
-        generator: Draws the random phases; default torch's global one.
-
     Shape:
         S (batch, n_fft//2 + 1, frames) → (batch, samples).
 
@@ -342,7 +342,13 @@ class GriffinLim(nn.Module):
         phase: Float[Tensor, "batch bins frames"] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "batch samples"]:
-        """Return signals whose magnitudes come near ``S``."""
+        """Return signals whose magnitudes come near ``S``.
+
+        Args:
+            S: Magnitudes.
+            phase: Phases to start from, in radians, in the shape of ``S``; default uniformly random.
+            generator: Draws the random phases; default torch's global one.
+        """
         if S.ndim != 3 or S.shape[1] != self.stft.freq_bins:
             raise ValueError(f"S must be (batch, {self.stft.freq_bins}, frames), got {tuple(S.shape)}")
         magnitude = wide(S)
