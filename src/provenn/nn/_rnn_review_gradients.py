@@ -46,6 +46,9 @@ def cell_of(model: Recurrent) -> tuple[RecurrentModule, Callable[[Tensor], Tenso
 def unrolled(model: Recurrent, x: Tensor, state: State | None = None, mask: Tensor | None = None) -> Unrolled:
     """Run a model step by step, keeping every state in the graph.
 
+    The tensors of a state are nodes of their own, of which the outputs and the next state are functions: else the
+    gradient by an LSTM's cells would hold that of its outputs too, which are computed from them.
+
     Raises:
         ValueError: ``x``, ``state`` or ``mask`` do not fit.
         TypeError: As :func:`cell_of`.
@@ -56,10 +59,13 @@ def unrolled(model: Recurrent, x: Tensor, state: State | None = None, mask: Tens
     current = tuple(one.detach().requires_grad_() for one in cell.checked_state(x, state))
     states, outputs = [current], []
     for time in range(x.shape[1]):
-        hidden, following = cell.step(x[:, time], current)
-        current = following if mask is None else held_where_masked(mask[:, time, None], following, current)
+        _, following = cell.step(x[:, time], current)
+        if mask is not None:
+            following = held_where_masked(mask[:, time, None], following, current)
+        current = tuple(one.clone() for one in following)
+        output = readout(cell.features(current))
         states.append(current)
-        outputs.append(readout(hidden))
+        outputs.append(output if mask is None else output.masked_fill(~mask[:, time, None], 0))
     return Unrolled(states, outputs)
 
 
@@ -110,9 +116,9 @@ def gradient_norm_penalty(
     cell, _ = cell_of(model)
     with torch.enable_grad():
         run = unrolled(model, x, state, mask)
-        errors = state_gradients(loss(torch.stack(run.outputs, dim=1)), run.states[2:])
-        if not errors:
+        if x.shape[1] == 1:
             return x.new_zeros(())
+        errors = state_gradients(loss(torch.stack(run.outputs, dim=1)), run.states[2:])
         before = tuple(torch.cat(parts).detach().requires_grad_() for parts in zip(*run.states[1:-1], strict=True))
         above = tuple(torch.cat(parts).detach() for parts in zip(*errors, strict=True))
         _, after = cell.step(x[:, 1:].transpose(0, 1).flatten(0, 1), before)

@@ -49,7 +49,7 @@ def address(
     """
     norms = key.norm(dim=-1, keepdim=True) * memory.norm(dim=-1).unsqueeze(1)
     content = torch.softmax(strength * (key @ memory.mT) / (norms + _TINY), dim=-1)
-    gated = torch.lerp(previous, content, gate)
+    gated = previous + gate * (content - previous)
     back, stay, ahead = shift.split(1, dim=-1)
     moved = back * gated.roll(-1, -1) + stay * gated + ahead * gated.roll(1, -1)
     # Powers of the ratio to the largest weight: w^γ itself underflows where γ is large.
