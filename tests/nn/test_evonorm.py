@@ -212,6 +212,7 @@ CASES = [
             bad_anchor("batch_size", batch_size=0),
             bad_anchor("lr", lr=0),
             bad_anchor("group_size", group_size=5),
+            bad_anchor("momentum", momentum=1.5),
             bad_anchor("y", y=torch.zeros(3).long()),
             bad_anchor("x_validation", x_validation=torch.zeros(0, 1, 4, 4), y_validation=torch.zeros(0).long()),
         ),

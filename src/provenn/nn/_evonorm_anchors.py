@@ -135,6 +135,7 @@ class NormActAnchor:
         batch_size: Images a step.
         lr: The first rate.
         group_size: Channels of a group, for layers that aggregate over groups; must divide ``width``.
+        momentum: The weight of the newest batch in running values; trainings of few steps need more than 0.1.
         seed: As said above.
 
     Shape: images (n, channels, height, width), classes (n,).
@@ -158,6 +159,7 @@ class NormActAnchor:
     batch_size: int = 128
     lr: float = 0.1
     group_size: int = 8
+    momentum: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -165,6 +167,7 @@ class NormActAnchor:
         for name in ("width", "steps", "batch_size", "group_size"):
             check_integer(name, getattr(self, name), at_least=1)
         check_number("lr", self.lr, above=0)
+        check_number("momentum", self.momentum, at_least=0, at_most=1)
         check_integer("seed", self.seed)
         if self.width % self.group_size:
             raise ValueError(f"group_size must divide width = {self.width}, got {self.group_size}")
@@ -182,7 +185,8 @@ class NormActAnchor:
         classes = int(self.y.max()) + 1
 
         def layer(channels: int, apply_act: bool) -> nn.Module:
-            return graph.to_module(channels, group_size=self.group_size, apply_act=apply_act)
+            options = {"group_size": self.group_size, "momentum": self.momentum}
+            return graph.to_module(channels, apply_act=apply_act, **options)
 
         with seeded(self.seed, "weights"):
             network = ARCHITECTURES[self.architecture](layer, self.x.shape[1], classes, self.width)
