@@ -65,7 +65,8 @@ def tensor_attention_poly(
             fit; or ``tol`` is below what rounding allows. What is checked by value is not checked under
             ``torch.compile``, where the choice of the degree also breaks the graph; the layer chooses when it is built.
 
-    Cost: time O((L + Σ S_m) r e), memory O((L + Σ S_m) r); the causal form's running totals hold O(block + r e), and
+    Cost: time O((L + Σ S_m) r e), almost linear in the tokens as long as B = o((log n)^(1/k)), since the degree grows
+    with Bᵏ and log 1/ε; memory O((L + Σ S_m) r); the causal form's running totals hold O(block + r e), and
     O(L r e) in training.
 
     Source: the paper's upper bound (the near-linear algorithm for bounded entries) and its proof.
