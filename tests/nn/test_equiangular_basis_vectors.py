@@ -163,8 +163,7 @@ def test_the_size_of_slices_changes_no_bit():
 
 
 def test_three_lines_in_the_plane_reach_welchs_bound_and_less_is_infeasible():
-    coarse, _ = equiangular_basis(3, 2, alpha=0.5, steps=3000, lr=5e-3)
-    V, report = equiangular_basis(3, 2, alpha=0.5, steps=3000, lr=5e-4, initial=coarse)
+    V, report = equiangular_basis(3, 2, alpha=0.5, steps=2000, lr=1e-2)
     assert report.welch_bound == pytest.approx(0.5)
     assert cosines(V).max().item() == pytest.approx(0.5, abs=1e-3)
     _, worse = equiangular_basis(3, 2, alpha=0.4, steps=200)
