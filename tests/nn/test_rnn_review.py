@@ -490,8 +490,8 @@ CASES = [
         embedded_reber,
         10,
         150,
-        # Nine symbols with probability 2/8, ten with 2/16, each within those that end in time.
-        ("lengths", lambda s: s[:, 140:], [1.0] * 9 + [1 / 3]),
+        # Inside: BTXSE and BPVVE, 1/8 each; BTSXSE, BPTVVE and BPVPSE, 1/16 each; longer ones are drawn again.
+        ("lengths", lambda s: s[:, 140:], [1.0] * 9 + [3 / 7]),
         ("second symbol", lambda s: s[:, 7:14], [0, 0.5, 0, 0, 0.5, 0, 0]),
         ("second moments", lambda s: s[:, 7:14] ** 2, [0, 0.5, 0, 0, 0.5, 0, 0]),
     ),
@@ -764,6 +764,13 @@ def test_many_to_one_reads_after_the_last_input():
     one = SequenceModel(many.cell, "many_to_one", 2).double()
     one.load_state_dict(many.state_dict())
     torch.testing.assert_close(one(x)[0], many(x)[0][:, -1])
+
+
+def test_without_a_readout_the_outputs_are_the_cells():
+    cell, x = made(jordan), normal(3, 5, 4)
+    assert torch.equal(SequenceModel(cell, "many_to_many")(x)[0], cell(x)[0])
+    captions = made(SequenceModel, cell, "one_to_many")
+    assert captions(x[:, 0], length=6)[0].shape == (3, 6, 2)
 
 
 @pytest.mark.parametrize("output", ["linear", "softmax"])

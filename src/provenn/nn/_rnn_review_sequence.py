@@ -15,7 +15,7 @@ MODES = ("many_to_many", "many_to_one", "one_to_many", "encoder_decoder")
 
 
 class SequenceModel(nn.Module):
-    """A recurrent module between dropout and a linear readout, in one of four modes.
+    """A recurrent module between dropout and a readout, in one of four modes.
 
     - ``"many_to_many"``: an output at every step, in step with the input (tagging);
     - ``"many_to_one"``: an output after the last input (classification);
@@ -29,7 +29,7 @@ class SequenceModel(nn.Module):
     Args:
         cell: The recurrent module; in the mode ``"encoder_decoder"`` the one that reads.
         mode: The mode.
-        output_size: Features of an output.
+        output_size: Features of an output; ``None`` for no readout: the output is the cell's own.
         decoder: The recurrent module that writes, with a state of the same shapes as the cell's.
         output: What follows the readout: ``"linear"`` or ``"softmax"``.
         reverse_source: Whether the encoder reads the source from its end, which brings its first words close to those
@@ -57,7 +57,7 @@ class SequenceModel(nn.Module):
         self,
         cell: RecurrentModule,
         mode: Literal["many_to_many", "many_to_one", "one_to_many", "encoder_decoder"],
-        output_size: int,
+        output_size: int | None = None,
         *,
         decoder: RecurrentModule | None = None,
         output: str = "linear",
@@ -66,7 +66,8 @@ class SequenceModel(nn.Module):
     ) -> None:
         super().__init__()
         check_choice("mode", mode, MODES)
-        check_integer("output_size", output_size, at_least=1)
+        if output_size is not None:
+            check_integer("output_size", output_size, at_least=1)
         check_number("dropout", dropout, at_least=0, below=1)
         if not isinstance(cell, RecurrentModule):
             raise TypeError(f"cell must be a recurrent module of provenn.nn, got {type(cell).__name__}")
@@ -85,12 +86,12 @@ class SequenceModel(nn.Module):
             raise ValueError(f"cell must run step by step to write in the mode {mode!r}, got a {type(writer).__name__}")
         self._output = chosen("output", output, {name: OUTPUTS[name] for name in ("linear", "softmax")})
         self.mode = mode
-        self.output_size = output_size
+        self.output_size = writer.output_size if output_size is None else output_size
         self.reverse_source = reverse_source
         self.cell, self.decoder = cell, decoder
         self.dropout = nn.Dropout(dropout)
-        self.feedback = nn.Linear(output_size, writer.input_size) if feeds_back else None
-        self.out_proj = nn.Linear(writer.output_size, output_size)
+        self.feedback = nn.Linear(self.output_size, writer.input_size) if feeds_back else None
+        self.out_proj = nn.Identity() if output_size is None else nn.Linear(writer.output_size, output_size)
 
     def forward(
         self,

@@ -1,4 +1,7 @@
-"""Tasks that ask for memory: samplers of sequences with what is to be said of them, and when."""
+"""Tasks that ask for memory: samplers of sequences with what is to be said of them, and when.
+
+Source: the survey, arXiv 1506.00019, and what the parts name.
+"""
 
 from __future__ import annotations
 

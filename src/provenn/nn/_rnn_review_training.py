@@ -1,4 +1,7 @@
-"""Training through time, in full or truncated."""
+"""Training through time, in full or truncated.
+
+Source: the survey, arXiv 1506.00019, and what the parts name.
+"""
 
 from __future__ import annotations
 

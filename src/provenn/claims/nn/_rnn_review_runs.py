@@ -62,7 +62,7 @@ def run_flow(trial: Trial) -> Iterator[Event]:
             yield Point(f"log10 of the error{name}{inputs}", lag, sum(logs) / nets)
 
 
-def _random_cell(arm: str, name: str, features: int, hidden: int) -> nn.Module:
+def _random_cell(arm: str, name: str, features: int, hidden: int) -> Any:
     if arm != "Elman":
         return PeepholeLSTM(features, hidden, peepholes=False, forget_gate=arm != CARRIED)
     cell = ElmanRNN(features, hidden, activation="tanh").double()
@@ -110,7 +110,7 @@ def run_tagging(trial: Trial) -> Iterator[Event]:
         return one if trial.arm == "Elman" else BiRNN(one, _elman(symbols, hidden))
 
     model = _model(trial, cell, symbols)
-    rounds = int(trial.budget["steps"]) // (3 if trial.tuning else 1)
+    rounds = int(trial.budget["steps"]) // (int(trial.budget["tuning_divisor"]) if trial.tuning else 1)
     lr = _lr(trial)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     size = int(trial.budget["batch_size"])
@@ -238,8 +238,8 @@ def _classify(trial: Trial, model: SequenceModel, draw: Draw, k1: int, k2: int) 
 
 
 def _train(trial: Trial, model: Any, data: SequenceTask, k1: int, k2: int, loss: str) -> Iterator[Event]:
-    """Train by Adam on clipped gradients; a third of the epochs serves to pick the step size."""
-    epochs = max(1, int(trial.budget["epochs"]) // (3 if trial.tuning else 1))
+    """Train by Adam on clipped gradients; the budget says what part of the epochs serves to pick the step size."""
+    epochs = max(1, int(trial.budget["epochs"]) // (int(trial.budget["tuning_divisor"]) if trial.tuning else 1))
     trainer = TBPTT(
         model, k1, k2, 5.0, loss=loss, optimizer=torch.optim.Adam, lr=_lr(trial), epochs=epochs,
         batch_size=int(trial.budget["batch_size"]), seed=trial.seed,
