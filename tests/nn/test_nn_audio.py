@@ -303,6 +303,14 @@ def test_too_short_a_clip_is_named_with_both_lengths():
     assert audio.STFT()(torch.zeros(1025)).shape == (1, 1025, 3, 2)
 
 
+@pytest.mark.parametrize("layer", [audio.STFT(64), audio.MFCC(n_fft=64, n_mels=20), audio.CQT2010v2(**SMALL_CQT)])
+def test_three_shapes_of_input_are_one(layer):
+    x = noise(2, 200, dtype=torch.float32)
+    expected = layer(x)
+    torch.testing.assert_close(layer(x[:, None]), expected, rtol=0, atol=0)
+    torch.testing.assert_close(layer(x[1]), expected[1:], rtol=1e-4, atol=1e-4)
+
+
 # STFT.
 
 
@@ -551,9 +559,7 @@ def test_gammatone_bank_is_scipys_filters():
     for row, centre in zip(bank, centres, strict=True):
         b, a = signal.gammatone(centre, "iir", fs=16000)
         _, response = signal.freqz(b, a, worN=2 * np.pi * np.arange(257) / 512)
-        np.testing.assert_allclose(
-            512 * row, np.abs(response), rtol=2e-3, atol=1e-6
-        )
+        np.testing.assert_allclose(512 * row, np.abs(response), rtol=2e-3, atol=1e-6)
 
 
 def test_gammatonegram_is_bank_times_power():
