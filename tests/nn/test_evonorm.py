@@ -1,5 +1,6 @@
 """EvoNorm's layers and graphs against loops over float64 numbers, batch norm, and formulas read back as text."""
 
+import copy
 import math
 
 import numpy as np
@@ -412,6 +413,19 @@ def test_autocast_trains_and_an_empty_batch_leaves_the_running_variance():
     before = layer.running_var.clone()
     assert layer(torch.zeros(0, 4, 3, 3)).shape == (0, 4, 3, 3)
     assert torch.equal(layer.running_var, before)
+
+
+@pytest.mark.parametrize("kind", ["B0", "B1", "B2"])
+def test_training_compiles_with_its_running_variance(kind):
+    plain = EvoNorm2d(4, kind).double()
+    compiled = copy.deepcopy(plain)
+    torch.compiler.reset()
+    forward = torch.compile(compiled, backend="eager", fullgraph=True)
+    for seed in range(2):
+        x = normal(3, 4, 4, 4, seed=seed)
+        assert torch.allclose(forward(x), plain(x), atol=1e-12)
+    assert torch.equal(compiled.running_var, plain.running_var)
+    assert (compiled.running_var != 1).all()
 
 
 def test_one_pixel_is_refused_only_where_its_variance_is_zero():

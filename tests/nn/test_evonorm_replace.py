@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from provenn.contracts.watch import plain_signatures
 from provenn.core.experiment.networks import resnet
 from provenn.nn import EvoNorm2d, replace_norm_act
 
@@ -262,6 +263,27 @@ def test_what_cannot_be_read_or_rewritten_is_refused():
         replace_norm_act(ByMode(), "B0")
     with pytest.raises(ValueError, match="FunctionOnly where its activations follow batch norms and where not"):
         replace_norm_act(Twice(), "B0")
+
+
+def test_a_converted_model_exports_and_a_traced_one_converts():
+    x, block = normal(2, 4, 5, 5), settled(SharedRelu())
+    converted = replace_norm_act(block, "S1", group_size=2).eval()
+    with plain_signatures():
+        assert torch.allclose(torch.export.export(converted, (x,)).module()(x), converted(x), atol=1e-12)
+        traced = torch.fx.symbolic_trace(block)
+        assert torch.allclose(replace_norm_act(traced, "S1", group_size=2).eval()(x), converted(x), atol=1e-12)
+
+
+def test_subclasses_and_norms_that_are_not_called_stay():
+    class OwnNorm(nn.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), OwnNorm(4), nn.ReLU())
+    model[0].spare = nn.BatchNorm2d(4)
+    converted = replace_norm_act(model, "B0")
+    assert isinstance(converted[0], EvoNorm2d)
+    assert type(converted[2]) is OwnNorm
+    assert isinstance(converted[3], nn.ReLU)
 
 
 def test_a_model_with_several_inputs():

@@ -147,6 +147,11 @@ def test_same_seed_same_graphs_and_a_pickle_goes_on():
     assert copied.history == first.history
 
 
+def test_anchors_travel_with_a_pickled_search():
+    search = EvoNormSearch(SPACE, [anchor(steps=2)], rejection=None)
+    assert pickle.loads(pickle.dumps(search)).evaluate(BN) == search.evaluate(BN)
+
+
 def test_front_finalists_and_a_graph_told_twice():
     graphs = random_graphs(6)
     search = EvoNormSearch(SPACE)

@@ -47,7 +47,7 @@ class NormActSpace:
         ValueError: An unknown series, or ``nodes`` < 1.
         TypeError: ``nodes`` is not an integer.
 
-    Source: arXiv 2004.02967, section 3 and table 1.
+    Source: arXiv 2004.02967, on the search space, table of primitives.
     """
 
     series: str = "B"
@@ -86,7 +86,7 @@ class NormActGraph:
         ValueError: There are no nodes, an operation is unknown, has the wrong number of inputs, or takes a node that
             is not before it.
 
-    Source: arXiv 2004.02967, section 3.
+    Source: arXiv 2004.02967, on the search space.
     """
 
     nodes: tuple[Node, ...]

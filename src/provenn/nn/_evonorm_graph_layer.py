@@ -58,7 +58,7 @@ class NormActLayer(nn.Module):
 
     Cost: a tensor of the input's size a used node, in time and, for the backward pass, in memory.
 
-    Source: arXiv 2004.02967, section 3.
+    Source: arXiv 2004.02967, on the search space.
     """
 
     weight: nn.Parameter

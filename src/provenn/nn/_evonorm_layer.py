@@ -78,7 +78,7 @@ class EvoNorm2d(nn.Module):
     Cost: O(input) time; three to five tensors of the input's size are kept for the backward pass, BatchNorm + ReLU
     keep one or two.
 
-    Source: Liu et al., "Evolving Normalization-Activation Layers", arXiv 2004.02967, tables 2 and 3, appendix.
+    Source: Liu et al., "Evolving Normalization-Activation Layers", arXiv 2004.02967: the tables of B and of S layers.
     """
 
     weight: nn.Parameter

@@ -36,7 +36,7 @@ class NormActRejection:
     Cost: of :meth:`reason`, on every anchor a training of ``quality_steps`` and ``stability_steps`` second-order
     backward passes; it ends at the first failure.
 
-    Source: arXiv 2004.02967, section 3, "rejection protocol": 20 % after 100 steps; 100 steps of ascent, 10⁸.
+    Source: arXiv 2004.02967, on rejection: 20 % after 100 steps; 100 steps of ascent, 10⁸.
     """
 
     quality_steps: int = 100

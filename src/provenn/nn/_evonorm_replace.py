@@ -21,6 +21,7 @@ _FUNCTIONS: tuple[Any, ...] = (
     functional.relu, functional.relu6, functional.silu, torch.relu, torch.relu_, functional.relu_,
 )  # fmt: skip
 _METHODS = ("relu", "relu_")
+LEAVES = (EvoNorm2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *ACTIVATIONS)
 
 
 def replace_norm_act(
@@ -36,7 +37,8 @@ def replace_norm_act(
     Kept: γ and β and whether they are trained, for the B kinds the running variance, momentum, ε (unless given),
     device, type and mode; a module used twice is still one. Not kept: the running mean, as nothing is centred; the
     function, as no EvoNorm layer equals a batch norm with an activation (train, or fine-tune); and hooks on what is
-    replaced. v₁ starts at 1. A batch norm without running statistics starts with a running variance of 1.
+    replaced. v₁ starts at 1. A batch norm without running statistics starts with a running variance of 1. Subclasses
+    of ``nn.BatchNorm2d``, and batch norms that ``forward`` does not call, stay as they are.
 
     A module whose ``forward`` calls an activation as a function behind a batch norm, or one activation module for
     pairs and for other things, becomes an ``fx.GraphModule`` of the same children without those calls; parts that its
@@ -61,7 +63,7 @@ def replace_norm_act(
 
     Cost: memory of the copy; the model is traced, not run.
 
-    Source: arXiv 2004.02967, section 4: EvoNorm in place of BN-ReLU, the affine map where no activation follows.
+    Source: arXiv 2004.02967: EvoNorm in place of BN-ReLU, the affine map where no activation follows.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -134,8 +136,8 @@ class _Tracer(fx.Tracer):
         self._inside: list[nn.Module] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Stop at torch's own modules, or at all."""
-        return self._shallow or isinstance(m, EvoNorm2d) or super().is_leaf_module(m, module_qualified_name)
+        """Stop at torch's own modules and at kinds of them, or at all."""
+        return self._shallow or isinstance(m, LEAVES) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -64,7 +64,7 @@ class EvoNormSearch:
 
     Cost: of ``ask``, O(population · anchors) for every graph; of :meth:`evaluate`, that of rejection and trainings.
 
-    Source: arXiv 2004.02967, section 3; Real et al., arXiv 1802.01548, for the window.
+    Source: arXiv 2004.02967, on evolution and selection; Real et al., arXiv 1802.01548, for the window.
     """
 
     def __init__(
