@@ -30,7 +30,8 @@ def measure() -> dict[str, Any]:
     layers, package = _layers(), _package()
     to_package = {name: _gap(layers[name](x[:4]), package[name](x[:4])) for name in package}
     to_librosa = _gaps_to_librosa(layers, x[:4])
-    over_librosa, over_package = {}, {}
+    over_librosa: dict[str, float] = {}
+    over_package: dict[str, float] = {}
     for name, layer in layers.items():
         ways: dict[str, Call] = {"ours": partial(_forward, layer, x)}
         if name in package:
@@ -38,8 +39,9 @@ def measure() -> dict[str, Any]:
         if name in _LIBROSA:
             ways["librosa"] = partial(_LIBROSA[name], x.numpy())
         times = alternate(ways, rounds=5)
-        over_package |= {name: times[way] / times["ours"] for way in ways if way == "package"}
-        over_librosa |= {name: times[way] / times["ours"] for way in ways if way == "librosa"}
+        for way, ratios in (("package", over_package), ("librosa", over_librosa)):
+            if way in times:
+                ratios[name] = times[way] / times["ours"]
     exact = [to_librosa[name] for name in ("STFT", "MelSpectrogram", "MFCC", _WAVELETS)]
     return {
         "peer": f"librosa {librosa.__version__}; nnAudio {_version()} beside it",
