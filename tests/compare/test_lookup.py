@@ -98,7 +98,7 @@ def test_dotted_paths_fail_in_words(tmp_path, monkeypatch) -> None:
         import_dotted("part", "own_lacking.Mine")
     with pytest.raises(
         UsageError,
-        match=r"must be a Task, CountedTask, LossTask or SearchTask of provenn\.compare, or return one, got int",
+        match=r"must be a Task, CountedTask, LossTask, LayerTask or SearchTask of provenn\.compare, .*, got int",
     ):
         find_task("compare.planted.NOT_A_TASK")
 

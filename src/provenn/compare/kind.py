@@ -30,6 +30,7 @@ class Kind:
         over: What the headline figure's course is drawn over (evaluations, say); ``None`` if it is not.
         unfit: ``unfit(task, part)`` → why a part cannot run on a task, in a few words, or ``None`` if it can. Who
             asks for all parts gets those that fit.
+        figures: Further figures that ``run`` yields as ``Metric``, shown beside the headline and drawn against it.
 
     A task may bring ``references``, ``cost`` and ``over`` of its own; its ``cost`` and ``over`` come before the kind's.
     """
@@ -42,6 +43,7 @@ class Kind:
     cost: str | None = None
     over: str | None = None
     unfit: Callable[[Any, Any], str | None] | None = None
+    figures: tuple[str, ...] = ()
 
     def axes(self, task: AnyTask) -> tuple[str | None, str | None]:
         """Return what the second axis is, and what the course is drawn over, on a task."""

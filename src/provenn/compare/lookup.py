@@ -52,12 +52,13 @@ def find_kind(name: str) -> Kind:
 @cache
 def find_task(name: str) -> AnyTask:
     """Return a task: one that ships, or ``module.NAME`` of a user's own, a ``Task``, a ``CountedTask``, a
-    ``LossTask``, a ``SearchTask`` or what returns one.
+    ``LossTask``, a ``LayerTask``, a ``SearchTask`` or what returns one.
 
     Raises:
         UsageError: There is no such task; for one without a dot the message names the nearest.
     """
     from provenn.compare.counted_task import CountedTask
+    from provenn.compare.layer_task import LayerTask
     from provenn.compare.loss_task import LossTask
     from provenn.compare.search_task import SearchTask
     from provenn.compare.task import Task
@@ -69,8 +70,8 @@ def find_task(name: str) -> AnyTask:
         raise UsageError(unknown_name_message("task", name, task_names()))
     found = import_dotted("task", name)
     task = found() if callable(found) else found
-    if not isinstance(task, Task | CountedTask | LossTask | SearchTask):
-        wanted = "a Task, CountedTask, LossTask or SearchTask of provenn.compare, or return one"
+    if not isinstance(task, Task | CountedTask | LossTask | LayerTask | SearchTask):
+        wanted = "a Task, CountedTask, LossTask, LayerTask or SearchTask of provenn.compare, or return one"
         raise UsageError(f"task {name} must be {wanted}, got {type(task).__name__}")
     return task
 

@@ -15,7 +15,15 @@ from provenn.compare.pareto import front
 from provenn.compare.ranking import Row
 
 
-def draw(rows: Sequence[Row], metric: str, maximize: bool, cost: str | None, over: str | None, title: str) -> bytes:
+def draw(
+    rows: Sequence[Row],
+    metric: str,
+    maximize: bool,
+    cost: str | None,
+    over: str | None,
+    title: str,
+    figures: Sequence[str] = (),
+) -> bytes:
     """Return the plot as PNG.
 
     Args:
@@ -25,10 +33,11 @@ def draw(rows: Sequence[Row], metric: str, maximize: bool, cost: str | None, ove
         cost: What the second axis is; ``None`` if there is none.
         over: What the course is drawn over; ``None`` if there is none.
         title: The plot's title.
+        figures: Figures of the kind to draw the metric against, a panel each.
     """
     ranked = [row for row in rows if row.rank is not None]
     bars = 1.6 + 0.4 * len(ranked)
-    heights = [bars if cost is None else 4.8] + ([] if over is None else [3.6])
+    heights = [bars if cost is None else 4.8, *(3.6 for _ in figures), *([] if over is None else [3.6])]
     figure = Figure(figsize=(7, sum(heights)), layout="constrained")
     panels = figure.subplots(len(heights), squeeze=False, height_ratios=heights)[:, 0]
     figure.suptitle(title)
@@ -36,6 +45,8 @@ def draw(rows: Sequence[Row], metric: str, maximize: bool, cost: str | None, ove
         _trade_off(panels[0], ranked, metric, maximize, cost)
     else:
         _seeds(panels[0], ranked, metric)
+    for axes, name in zip(panels[1:], figures, strict=False):
+        _against(axes, ranked, metric, maximize, name)
     if over is not None:
         _courses(panels[-1], ranked, metric, over)
     stream = io.BytesIO()
@@ -64,6 +75,19 @@ def _trade_off(axes: Axes, ranked: Sequence[Row], metric: str, maximize: bool, c
     axes.plot([x for x, _ in best], [sign * y for _, y in best], "s", color="black", mfc="none", ms=11, label="Pareto")
     axes.set(xscale="log", xlabel=cost, ylabel=f"{metric} (mean over seeds)")
     axes.legend()
+
+
+def _against(axes: Axes, ranked: Sequence[Row], metric: str, maximize: bool, name: str) -> None:
+    """Draw each part's mean against one of the kind's figures, and step through those that no other part beats."""
+    sign = 1 if maximize else -1
+    points = {row.result.part: (row.mean_figure(name), row.score.estimate) for row in ranked if row.score is not None}
+    for part, point in points.items():
+        axes.plot(*point, "o")
+        axes.annotate(part, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
+    best = sorted(front([(x, sign * y) for x, y in points.values()]))
+    axes.step([x for x, _ in best], [sign * y for _, y in best], where="post", color="0.6", zorder=0)
+    scale = "log" if all(x > 0 for x, _ in points.values()) else "linear"
+    axes.set(xscale=scale, xlabel=name, ylabel=f"{metric} (mean over seeds)")
 
 
 def _courses(axes: Axes, ranked: Sequence[Row], metric: str, over: str) -> None:

@@ -30,6 +30,10 @@ class Row:
         """Whether the leader is better with its interval clear of 0 (over two seeds or more)."""
         return self.behind is not None and len(self.result.runs) > 1 and self.behind.above_zero
 
+    def mean_figure(self, name: str) -> float:
+        """Return the mean over seeds of one of the kind's figures."""
+        return sum(run.figures[name] for run in self.result.runs) / len(self.result.runs)
+
 
 def rank(results: Sequence[PartResult], maximize: bool) -> list[Row]:
     """Order parts from the best mean to the worst; those that failed come last, in the order given.

@@ -27,9 +27,13 @@ from provenn.core.experiment.statistics import Interval
 COLUMNS = ("rank", "part", "score", "behind the leader", "settings", "steps")
 
 
-def cells(rows: Sequence[Row]) -> list[tuple[str, ...]]:
-    """Return the ranking as text, one tuple of :data:`COLUMNS` a row."""
-    return [_cells(row) for row in rows]
+def cells(rows: Sequence[Row], figures: Sequence[str] = ()) -> list[tuple[str, ...]]:
+    """Return the ranking as text, one tuple a row: :data:`COLUMNS` and the figures asked for, as means over seeds."""
+    return [(*_cells(row), *(_figure(row, name) for name in figures)) for row in rows]
+
+
+def _figure(row: Row, name: str) -> str:
+    return f"{row.mean_figure(name):.4g}" if row.rank is not None else ""
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -51,9 +55,10 @@ def _shown(interval: Interval, row: Row) -> str:
 def table(comparison: Comparison, rows: Sequence[Row]) -> Table:
     """Return the ranking as a table for a terminal."""
     made = Table(title=Text(heading(comparison)), caption=Text(_caption(comparison)))
-    for column in COLUMNS:
+    figures = find_kind(comparison.kind).figures
+    for column in (*COLUMNS, *figures):
         made.add_column(column, overflow="fold")
-    for row in cells(rows):
+    for row in cells(rows, figures):
         made.add_row(*map(Text, row))
     return made
 
@@ -104,19 +109,20 @@ def _plain_row(row: Row) -> dict[str, Any]:
     }
 
 
-def as_csv(rows: Sequence[Row]) -> str:
-    """Return one line a part and seed; a part that failed has one line without seed."""
+def as_csv(rows: Sequence[Row], figures: Sequence[str] = ()) -> str:
+    """Return one line a part and seed, with the figures asked for; a part that failed has one line without seed."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(("rank", "part", "seed", "score", "steps", "seconds", "settings", "failure"))
+    writer.writerow(("rank", "part", "seed", "score", "steps", "seconds", "settings", "failure", *figures))
     for row in rows:
         one = row.result
         settings = json.dumps(dict(one.settings), sort_keys=True)
         if row.rank is None:
-            writer.writerow(("", one.part, "", "", "", "", settings, one.failure))
+            writer.writerow(("", one.part, "", "", "", "", settings, one.failure, *("" for _ in figures)))
             continue
         for run in one.runs:
-            writer.writerow((row.rank, one.part, run.seed, run.score, run.steps, round(run.seconds, 3), settings, ""))
+            known = (row.rank, one.part, run.seed, run.score, run.steps, round(run.seconds, 3), settings, "")
+            writer.writerow((*known, *(run.figures[name] for name in figures)))
     return stream.getvalue()
 
 
@@ -132,9 +138,9 @@ def write(comparison: Comparison, rows: Sequence[Row], folder: Path) -> list[Pat
     kind, task = find_kind(comparison.kind), find_task(comparison.task)
     cost, over = kind.axes(task)
     headline = kind.headline(task) if cost is None else task.metric
-    png = draw(rows, headline, task.maximize, cost, over, f"{comparison.kind} on {task.name}")
+    png = draw(rows, headline, task.maximize, cost, over, f"{comparison.kind} on {task.name}", kind.figures)
     contents: Mapping[str, bytes] = {
-        "csv": as_csv(rows).encode(),
+        "csv": as_csv(rows, kind.figures).encode(),
         "json": (json.dumps(plain(comparison, rows), indent=1, ensure_ascii=False) + "\n").encode(),
         "png": png,
         "html": _page(comparison, rows, png).encode(),
@@ -145,12 +151,13 @@ def write(comparison: Comparison, rows: Sequence[Row], folder: Path) -> list[Pat
 
 
 def _page(comparison: Comparison, rows: Sequence[Row], png: bytes) -> str:
+    figures = find_kind(comparison.kind).figures
     pages = Environment(loader=PackageLoader("provenn.compare", "."), autoescape=select_autoescape())
     return pages.get_template("page.html").render(
         heading=heading(comparison),
         caption=_caption(comparison),
-        columns=COLUMNS,
-        rows=cells(rows),
+        columns=(*COLUMNS, *figures),
+        rows=cells(rows, figures),
         plot=base64.b64encode(png).decode(),
         environment=environment(comparison.device),
     )

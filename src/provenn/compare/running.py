@@ -52,7 +52,7 @@ def tuning_runs(comparison: Comparison) -> int:
 
 @dataclass(frozen=True)
 class SeedRun:
-    """What one seed left: the headline figure, the steps, the points of trade-off and course, and the seconds."""
+    """What one seed left: headline figure, steps, points of trade-off and course, seconds, and the kind's figures."""
 
     seed: int
     score: float
@@ -60,6 +60,7 @@ class SeedRun:
     front: tuple[tuple[float, float], ...] = ()
     course: tuple[tuple[float, float], ...] = ()
     seconds: float = 0.0
+    figures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -82,6 +83,7 @@ class _Course:
         self._comparison = comparison
         self._space = task.kinds[comparison.kind]
         self._maximize = kind.maximize(task)
+        self._figures = kind.figures
         self._trials = tuning_runs(comparison)
         self._study = _study(self._space, self._trials, self._maximize)
         self._trial: optuna.Trial | None = None
@@ -106,7 +108,7 @@ class _Course:
         study, arm = study_name(one.kind, one.task), self.result.part
         trial = Trial(study, arm, seed, "small", {}, settings, tuning, one.device)
         key = CellKey(study, arm, canonical(dict(settings)), seed, tuning)
-        return Job(key, REFERENCE, trial, needed=("score", "steps"))
+        return Job(key, REFERENCE, trial, needed=("score", "steps", *self._figures))
 
     def done(self, key: CellKey, record: Record) -> None:
         """Take what a run left."""
@@ -115,7 +117,9 @@ class _Course:
             self._tell(score if math.isfinite(score) else None, f"its {score} score is no number")
             return
         front, course = (tuple(record.curves.get(name, ())) for name in ("front", "course"))
-        self.result.runs.append(SeedRun(key.seed, score, int(record.metrics["steps"]), front, course, record.seconds))
+        figures = {name: record.metrics[name] for name in self._figures}
+        steps = int(record.metrics["steps"])
+        self.result.runs.append(SeedRun(key.seed, score, steps, front, course, record.seconds, figures))
         self.result.runs.sort(key=lambda run: run.seed)
 
     def failed(self, key: CellKey, cause: str) -> None:

@@ -1,0 +1,49 @@
+"""Layers: every one sits in the task's network, as wide as the budget of parameters allows, and trains by Adam.
+
+What a part is to a task — a layer of sequences, a layer of images, a front end for sound — the task's ``build`` knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from provenn.claims.claim import Event, Metric, Point, Progress, Settings
+from provenn.compare.kind import Kind
+from provenn.compare.layer_task import FIGURES, LayerSetup, LayerTask
+from provenn.core.experiment.training import train
+
+DEFAULT_RATE = 1e-3
+
+
+def run(setup: LayerSetup, part: Any, settings: Settings) -> Iterator[Event]:
+    """Train the task's network around a part, and weigh it."""
+    model, task = setup.model(part), setup.task
+    # Weighed before training, as a training may change what a layer skips, and stochastic layers draw.
+    for name, value in setup.figures(model).items():
+        yield Metric(name, value)
+    optimizer = torch.optim.Adam(model.parameters(), lr=float(settings.get("lr", DEFAULT_RATE)))
+    steps = 0
+    for epoch in train(model, optimizer, setup.batches, task.loss, epochs=task.epochs):
+        steps = epoch.step
+        yield Progress(epoch.index + 1, task.epochs)
+        yield Point("training loss", epoch.step, epoch.loss)
+    yield Metric("steps", steps)
+    yield Metric("score", setup.measure(model))
+
+
+def unfit(task: LayerTask, part: Any) -> str | None:
+    """Say why a part cannot sit in a task's network: by building it, then by a batch."""
+    try:
+        setup = task.setup(0, "cpu", tuning=True)
+        model = setup.model(part)
+        x, y = (one[:2] for one in (setup.split.x_train, setup.split.y_train))
+        task.loss(model, x, y).backward()  # type: ignore[no-untyped-call]  # torch's own
+    except Exception as error:
+        return f"does not fit: {str(error).partition(chr(10))[0] or type(error).__name__}"
+    return None
+
+
+KIND = Kind(name="nn", part_kind="module", run=run, unfit=unfit, figures=FIGURES)
