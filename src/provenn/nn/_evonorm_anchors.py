@@ -146,7 +146,7 @@ class NormActAnchor:
 
     Cost: of :meth:`accuracy`, O(steps · batch_size) passes forward and backward.
 
-    Source: arXiv 2004.02967, on evaluation: ResNet, MobileNetV2 and EfficientNet for CIFAR-10, 2000 steps of 128 images.
+    Source: arXiv 2004.02967, on evaluation: ResNet, MobileNetV2 and EfficientNet for CIFAR-10, 2000 steps of 128.
     """
 
     architecture: str
