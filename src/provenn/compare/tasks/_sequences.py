@@ -1,0 +1,118 @@
+"""The network of the sequence tasks: two blocks around a part, which mixes the steps of a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+BLOCKS = 2
+Adapter = Callable[[Any, int], nn.Module]
+"""``adapter(part, width)`` makes a layer (batch, time, width) → (batch, time, width), or a tuple that begins so."""
+
+
+class SequenceNetwork(nn.Module):
+    """Embed each step, pass two residual blocks (norm, part), and read the mean over time or the last step.
+
+    Args:
+        channels: Numbers a step.
+        width: Width of the blocks.
+        outputs: Numbers to predict.
+        layer: ``layer(width)`` makes the part.
+        pooled: Whether the mean over time is read; otherwise the last step.
+    """
+
+    def __init__(
+        self, channels: int, width: int, outputs: int, layer: Callable[[int], nn.Module], pooled: bool = True
+    ) -> None:
+        super().__init__()
+        self.pooled = pooled
+        self.embed = nn.Linear(channels, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(BLOCKS))
+        self.layers = nn.ModuleList(layer(width) for _ in range(BLOCKS))
+        self.norm = nn.LayerNorm(width)
+        self.readout = nn.Linear(width, outputs)
+
+    def forward(self, x: Float[Tensor, "batch time channels"]) -> Float[Tensor, "batch outputs"]:
+        """Return the outputs."""
+        h = self.embed(x)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            mixed = layer(norm(h))
+            h = h + (mixed[0] if isinstance(mixed, tuple) else mixed)
+        h = self.norm(h)
+        y: Tensor = self.readout(h.mean(1) if self.pooled else h[:, -1])
+        return y
+
+
+class CausalAttention(nn.Module):
+    """Softmax attention to earlier steps, with sinusoids added for the place: what attention layers are held against.
+
+    Args:
+        width: Width, a multiple of 4.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+
+    def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
+        """Return what each step gathers."""
+        x = x + sinusoids(x)
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], x.device, x.dtype)
+        gathered: Tensor = self.attention(x, x, x, attn_mask=mask, need_weights=False)[0]
+        return gathered
+
+
+def sinusoids(x: Float[Tensor, "batch time width"]) -> Float[Tensor, "time width"]:
+    """Return sines and cosines of the place, of wavelengths from 2π to 2π · 10⁴.
+
+    Source: Vaswani et al., "Attention is all you need", NeurIPS 2017, section 3.5.
+    """
+    time = torch.arange(x.shape[1], device=x.device, dtype=x.dtype)[:, None]
+    rates = 1e4 ** (-torch.arange(0, x.shape[2], 2, device=x.device, dtype=x.dtype) / x.shape[2])
+    return torch.cat(((time * rates).sin(), (time * rates).cos()), 1)[:, : x.shape[2]]
+
+
+class Placed(nn.Module):
+    """A part that does not see the order of steps by itself gets sinusoids added.
+
+    Args:
+        layer: (batch, time, width) → the same, or a tuple that begins so.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
+        """Return what each step gathers."""
+        gathered: Any = self.layer(x + sinusoids(x))
+        return gathered
+
+
+def recurrent(kind: type[nn.RNNBase]) -> Callable[[int], nn.Module]:
+    """Return what makes one of torch's recurrent layers of a width."""
+
+    def make(width: int) -> nn.Module:
+        return kind(width, width, batch_first=True)
+
+    return make
+
+
+REFERENCES: Mapping[str, Any] = {
+    "lstm": recurrent(nn.LSTM),
+    "gru": recurrent(nn.GRU),
+    "attention": CausalAttention,
+}
+
+ADAPTERS: dict[str, Adapter] = {}
+"""How parts that need more than a width are made; another part is called as ``part(width)``."""
+
+
+def sequence_layer(part: Any, width: int) -> nn.Module:
+    """Make a part for sequences of a width."""
+    made: nn.Module = ADAPTERS.get(getattr(part, "__name__", ""), lambda part, width: part(width))(part, width)
+    return made
