@@ -106,27 +106,27 @@ def _version() -> str:
     return str(nnAudio.__version__)
 
 
-def _stft(y: np.ndarray) -> np.ndarray:
+def _stft(y: np.ndarray) -> Any:
     return np.abs(librosa.stft(y, pad_mode="reflect"))
 
 
-def _mel(y: np.ndarray) -> np.ndarray:
+def _mel(y: np.ndarray) -> Any:
     return librosa.feature.melspectrogram(y=y, pad_mode="reflect")
 
 
-def _mfcc(y: np.ndarray) -> np.ndarray:
+def _mfcc(y: np.ndarray) -> Any:
     return librosa.feature.mfcc(y=y, pad_mode="reflect")
 
 
-def _cqt(y: np.ndarray) -> np.ndarray:
+def _cqt(y: np.ndarray) -> Any:
     return np.abs(librosa.cqt(y, fmin=LOWEST, pad_mode="reflect"))
 
 
-def _vqt(y: np.ndarray) -> np.ndarray:
+def _vqt(y: np.ndarray) -> Any:
     return np.abs(librosa.vqt(y, fmin=LOWEST, gamma=5.0, pad_mode="reflect"))
 
 
-_LIBROSA: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+_LIBROSA: dict[str, Callable[[np.ndarray], Any]] = {
     "STFT": _stft,
     "MelSpectrogram": _mel,
     "MFCC": _mfcc,

@@ -305,7 +305,8 @@ class VQT(_Recursive):
     r"""Variable-Q transform octave by octave: bandwidths of constant Q with an offset γ, which shortens low kernels.
 
     With γ = 0 it is :class:`CQT2010v2`. Else every octave has kernels of its own, of lengths ⌈Q sr/(f + γ/α)⌉ with
-    α = 2^{1/b} − 1.
+    α = 2^{1/b} − 1. A large γ leaves the lowest octaves' kernels few samples (16 with γ = 20 Hz), beside which the
+    delay of the halvings counts: there fast chirps come out up to a tenth off.
 
     Args:
         sr: Samples a second.

@@ -131,14 +131,16 @@ class FrequencyRegressor(nn.Module):
 def tone_front(arm: str) -> nn.Module:
     """Build a front end of 128 bins for tones at 8 kHz."""
     if arm in (STFT_FIXED, STFT_TRAINED):
-        return audio.STFT(
+        stft: nn.Module = audio.STFT(
             TONE_FFT, freq_bins=128, hop_length=TONE_FFT // 2, freq_scale="linear", fmin=LOWEST_TONE, fmax=HIGHEST_TONE,
             sr=TONE_RATE, trainable=arm == STFT_TRAINED, output_format="Magnitude",
         )  # fmt: skip
-    return audio.MelSpectrogram(
+        return stft
+    mel: nn.Module = audio.MelSpectrogram(
         TONE_RATE, TONE_FFT, n_mels=128, hop_length=TONE_FFT // 2, fmin=LOWEST_TONE, fmax=HIGHEST_TONE,
         trainable=arm == MEL_TRAINED,
     )  # fmt: skip
+    return mel
 
 
 def tones(count: int) -> tuple[Tensor, Tensor]:
