@@ -209,8 +209,8 @@ CLAIM = Claim(
             "worker as with 128",
             "table of batch-independent layers",
         ),
-        Figure("Better than BN-ReLU in MobileNetV2, EfficientNet and Mask R-CNN too", "section 5"),
-        Figure("With the tests of quality and stability, nearly all candidates that pass train", "section 3"),
+        Figure("Better than BN-ReLU in MobileNetV2, EfficientNet and Mask R-CNN too", "experiments"),
+        Figure("With the tests of quality and stability, nearly all candidates that pass train", "on rejection"),
     ),
     rule=(
         "With means over seeds: (1) B0's test accuracy ≥ BN-ReLU's, (2) S0's > GN-ReLU's, (3) in batches of 4 S0's > "
