@@ -104,10 +104,9 @@ def _train(attend: Attend, operands: tuple[Tensor, list[Tensor], list[Tensor]]) 
 def _largest_difference(ours: Attend, other: Attend, order: int) -> float:
     """Of output and gradients, in float64, with scores large enough to matter."""
     q, ks, vs = _operands(40, 6, order, 3, torch.float64)
-    scaled = (8 * q, [4 * k for k in ks], vs)
     results = []
     for attend in (ours, other):
-        output = attend(*scaled)
+        output = attend(8 * q, [4 * k for k in ks], vs)
         results.append([output, *torch.autograd.grad(output.square().sum(), [q, *ks, *vs])])
     return max((one - wanted).abs().max().item() for one, wanted in zip(*results, strict=True))
 
