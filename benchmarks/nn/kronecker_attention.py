@@ -33,10 +33,10 @@ def measure() -> dict[str, Any]:
     )
     exponents = {
         "exact, n = 64…512": _exponent(tensor_attention, (64, 128, 256, 512), 3),
-        "polynomial, n = 4096…32768": _exponent(_polynomial, (4096, 8192, 16_384, 32_768), 7),
+        "polynomial, n = 16384…131072": _exponent(_polynomial, (16_384, 32_768, 65_536, 131_072), 9),
         "polynomial, causal, n = 2048…16384": _exponent(_causal_polynomial, (2048, 4096, 8192, 16_384), 5),
-        "polynomial, forward and backward, n = 4096…32768": _exponent(
-            _polynomial, (4096, 8192, 16_384, 32_768), 5, train=True
+        "polynomial, forward and backward, n = 16384…131072": _exponent(
+            _polynomial, (16_384, 32_768, 65_536, 131_072), 5, train=True
         ),
     }
     return {
@@ -47,7 +47,7 @@ def measure() -> dict[str, Any]:
         "speed_ratio": times["peer"] / times["ours"],
         "speed_ratio_over_all_tuples_at_once_forward_backward": both["dense"] / both["ours"],
         "exponents": exponents,
-        "growth": {"n ×8, time ×": 8 ** exponents["polynomial, n = 4096…32768"]},
+        "growth": {"n ×8, time ×": 8 ** exponents["polynomial, n = 16384…131072"]},
         "training_megabytes_at_192": {
             "blocks": _memory(tensor_attention) / 2**20,
             "all tuples at once": _memory(_dense) / 2**20,
