@@ -11,6 +11,8 @@ from scipy import fft, signal
 from torch.nn import functional
 
 from provenn.contracts import BadInput, FunctionCase, ModuleCase, Symmetry
+from provenn.nn import _nn_audio_frames as frames
+from provenn.nn import _nn_audio_stft as stft
 from provenn.nn import audio
 from provenn.nn._nn_audio_frames import correlate, padded
 from provenn.nn._nn_audio_recursive import decimate, low_pass
@@ -309,6 +311,17 @@ def test_three_shapes_of_input_are_one(layer):
     expected = layer(x)
     torch.testing.assert_close(layer(x[:, None]), expected, rtol=0, atol=0)
     torch.testing.assert_close(layer(x[1]), expected[1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [audio.STFT, audio.MelSpectrogram, audio.Gammatonegram])
+def test_many_clips_are_transformed_a_few_at_a_time(make, monkeypatch):
+    layer, x = make(n_fft=256, hop_length=64, dtype=torch.float64), noise(7, 1000)
+    expected = layer(x)
+    sizes, transform = [], frames.spectra
+    monkeypatch.setattr(stft, "spectra", lambda x, *rest: sizes.append(len(x)) or transform(x, *rest))
+    monkeypatch.setattr(frames, "_BLOCK", 3 * 15 * 256)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
+    assert sizes == [3, 3, 1]
 
 
 # STFT.

@@ -7,6 +7,7 @@ reflection padding by flips avoids torch's, which on a CPU is slower than the tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -19,6 +20,8 @@ from provenn.core.experiment.checks import check_choice
 Output = Literal["Magnitude", "Complex", "Phase"]
 PadMode = Literal["reflect", "constant"]
 OUTPUTS, PAD_MODES = get_args(Output), get_args(PadMode)
+_BLOCK = 2**19
+"""Samples of all frames that are transformed at once on a CPU: 2 MB in float32."""
 SILENCE = 1e-8
 """Added to the power before the root where kernels are trained, so that the gradient at silence is finite."""
 
@@ -99,6 +102,15 @@ def spectra(x: Tensor, width: int, hop: int, window: Tensor | None = None) -> Te
     if frames.numel() == 0:  # no clips: MKL has no plan for them
         return frames.new_zeros(*frames.shape[:-1], width // 2 + 1, 2)
     return torch.view_as_real(torch.fft.rfft(frames))
+
+
+def in_blocks(function: Callable[[Tensor], Tensor], x: Float[Tensor, "batch samples"], width: int, hop: int) -> Tensor:
+    """Apply a function of single clips to a few at a time, so that their frames stay in a processor's cache."""
+    frames = max(1, x.shape[-1] // hop)
+    count = max(1, _BLOCK // (frames * width))
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] <= count:
+        return function(x)
+    return torch.cat([function(part) for part in x.split(count)])
 
 
 def power_of(real: Tensor, imaginary: Tensor, trained: bool) -> Tensor:

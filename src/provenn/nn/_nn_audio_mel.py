@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_choice, check_integer, check_number
-from provenn.nn._nn_audio_frames import PadMode, Streaming
+from provenn.nn._nn_audio_frames import PadMode, Streaming, as_batch
 from provenn.nn._nn_audio_kernels import gammatone_filterbank, mel_filterbank, tensor_of
 from provenn.nn._nn_audio_stft import STFT
 
@@ -139,8 +139,13 @@ class MelSpectrogram(Streaming):
         Args:
             x: Clips, of floating-point samples.
         """
-        bands: Tensor = self.bank(self.stft.power(x, self.power))
+        clips = as_batch(x)
+        bands = self._bands(clips) if self.stft.trainable else self.stft.in_blocks(self._bands, clips)
         return bands.transpose(1, 2).to(x.dtype)
+
+    def _bands(self, x: Tensor) -> Tensor:
+        bands: Tensor = self.bank(self.stft.power(x, self.power))
+        return bands
 
 
 class Gammatonegram(Streaming):
@@ -213,8 +218,13 @@ class Gammatonegram(Streaming):
         Args:
             x: Clips, of floating-point samples.
         """
-        bands: Tensor = self.bank(self.stft.power(x, self.power))
+        clips = as_batch(x)
+        bands = self._bands(clips) if self.stft.trainable else self.stft.in_blocks(self._bands, clips)
         return bands.transpose(1, 2).to(x.dtype)
+
+    def _bands(self, x: Tensor) -> Tensor:
+        bands: Tensor = self.bank(self.stft.power(x, self.power))
+        return bands
 
 
 class MFCC(nn.Module):

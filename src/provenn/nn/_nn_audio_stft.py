@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -14,11 +15,13 @@ from provenn.nn._nn_audio_frames import (
     Output,
     PadMode,
     Streaming,
+    as_batch,
     check_layer,
     correlate,
     formatted,
     framed_input,
     hold,
+    in_blocks,
     power_of,
     spectra,
     wide,
@@ -119,9 +122,21 @@ class STFT(Streaming):
         Args:
             x: Clips, of floating-point samples.
         """
-        real, imaginary = self.parts(x)
-        result = formatted(real, imaginary, self.output_format, self.trainable)
+        clips = as_batch(x)
+        result = self._formatted(clips) if self.kernels is not None else self.in_blocks(self._formatted, clips)
         return result.transpose(1, 2).to(x.dtype)
+
+    def in_blocks(self, function: Callable[[Tensor], Tensor], x: Float[Tensor, "batch samples"]) -> Tensor:
+        """Apply a function of single clips to a few at a time, where the processor's cache gains by it.
+
+        Args:
+            function: Maps clips to a tensor with one entry each.
+            x: All clips.
+        """
+        return in_blocks(function, x, self.frame_length, self.hop_length)
+
+    def _formatted(self, x: Tensor) -> Tensor:
+        return formatted(*self.parts(x), self.output_format, self.trainable)
 
     def power(self, x: Float[Tensor, "*batch samples"], exponent: float) -> Float[Tensor, "batch frames freq_bins"]:
         """Return magnitudes to a power, with the bins last.
