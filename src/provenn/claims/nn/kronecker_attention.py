@@ -227,7 +227,7 @@ CLAIM = Claim(
         "crossover": Study(
             arms=(POLYNOMIAL,),
             tiers={
-                "smoke": Tier(1, {"length": 16, "rounds": 1, "bounds": 3}),
+                "smoke": Tier(1, {"length": 16, "rounds": 1, "bounds": 4}),
                 "small": Tier(3, {"length": 256, "rounds": 3, "bounds": 4}),
                 "full": Tier(3, {"length": 1024, "rounds": 5, "bounds": 4}),
             },
