@@ -58,15 +58,17 @@ class Images:
 @cache
 def images(name: str, train: int, validation: int, test: int) -> Images:
     """Cut a data set: training and validation images from the shuffled training set, test images from the test set."""
-    found = data.load(name)
     if name == "digits":
-        x, y = torch.from_numpy(found.x).float().reshape(-1, 1, 8, 8), torch.from_numpy(found.y).long()
+        digits = data.load("digits")
+        x, y = torch.from_numpy(digits.x).reshape(-1, 1, 8, 8), torch.from_numpy(digits.y)
     else:
-        x, y = torch.from_numpy(found.x_train), torch.from_numpy(found.y_train).long()
-    order = torch.randperm(len(x), generator=generator("split"))
-    parts = [(x[part].float(), y[part]) for part in order[: train + validation + test].split([train, validation, test])]
+        pixels = data.load("cifar10")
+        x, y = torch.from_numpy(pixels.x_train), torch.from_numpy(pixels.y_train)
+    sizes = [train, validation, test if name == "digits" else 0]
+    order = torch.randperm(len(x), generator=generator("split"))[: sum(sizes)]
+    parts = [(x[part].float(), y[part].long()) for part in order.split(sizes)]
     if name != "digits":
-        parts[2] = torch.from_numpy(found.x_test[:test]).float(), torch.from_numpy(found.y_test[:test]).long()
+        parts[2] = torch.from_numpy(pixels.x_test[:test]).float(), torch.from_numpy(pixels.y_test[:test]).long()
     mean, deviation = (moment((0, 2, 3), keepdim=True) for moment in (parts[0][0].mean, parts[0][0].std))
     scaled = [((one - mean) / deviation, labels) for one, labels in parts]
     return Images(scaled[0], scaled[1], scaled[2])
@@ -76,7 +78,7 @@ def network(arm: str, channels_in: int, group_size: int) -> nn.Module:
     """Build an arm's pre-activation ResNet-8: the arms share the weights, and differ in what is in BN-ReLU's place."""
     plain = residual(_batch_norm, channels_in, classes=10, width=8)
     if arm in (B0, S0):
-        return replace_norm_act(plain, arm.removeprefix("EvoNorm-"), group_size=group_size)
+        plain = replace_norm_act(plain, arm.removeprefix("EvoNorm-"), group_size=group_size)
     if arm == GN:
         for module in list(plain.modules()):
             for name, child in module.named_children():
