@@ -180,13 +180,11 @@ def test_evolution_raises_both_objectives():
 
 @pytest.mark.parametrize("architecture", ["resnet", "mobilenet", "efficientnet"])
 def test_anchors_learn_and_repeat_themselves(architecture):
-    one = anchor(architecture, steps=60)
-    state = torch.random.get_rng_state()
-    first = one.accuracy(BN)
-    assert first > 0.5
-    assert one.accuracy(BN) == first
+    one, state = anchor(architecture, momentum=0.3, steps=35), torch.random.get_rng_state()
+    assert one.accuracy(BN) > 0.5
+    assert one.accuracy(BN, 4) == one.accuracy(BN, 4)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert one.accuracy(CONSTANT) < 0.25
+    assert one.accuracy(CONSTANT, 10) < 0.25
 
 
 def test_where_layers_stand_in_the_anchors():
@@ -220,18 +218,19 @@ def test_a_diverging_training_scores_zero():
 
 
 def test_quality_turns_down_what_does_not_learn():
-    tests = NormActRejection(quality_steps=30, stability_steps=2)
+    learns, tests = NormActGraph.named("S1"), NormActRejection(quality_steps=12, stability_steps=1)
     assert tests.reason(CONSTANT, [anchor()]) == "quality"
-    assert tests.reason(BN, [anchor(), anchor("mobilenet")]) is None
-    found = anchor().accuracy(BN, 30)
-    assert NormActRejection(30, found, 0).reason(BN, [anchor()]) is None  # reached is enough
-    assert NormActRejection(30, math.nextafter(found, 1), 0).reason(BN, [anchor()]) == "quality"
+    assert tests.reason(learns, [anchor()]) is None
+    found = anchor().accuracy(learns, 12)
+    assert found > 0.2
+    assert NormActRejection(12, found, 0).reason(learns, [anchor()]) is None  # reached is enough
+    assert NormActRejection(12, math.nextafter(found, 1), 0).reason(learns, [anchor()]) == "quality"
     assert NormActRejection(0, 1.0, 0).reason(CONSTANT, [anchor()]) is None
 
 
 def test_quality_asks_every_anchor():
     split = anchor(y_validation=(digits()["y_validation"] + 1) % 10)  # where no answer is right
-    assert NormActRejection(30, 0.2, 0).reason(BN, [anchor(), split]) == "quality"
+    assert NormActRejection(12, 0.2, 0).reason(NormActGraph.named("S1"), [anchor(), split]) == "quality"
 
 
 def test_the_ascent_by_finite_differences():
