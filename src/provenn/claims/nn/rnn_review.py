@@ -143,7 +143,7 @@ CLAIM = Claim(
     ),
     studies={
         FLOW: Study(
-            arms=("Elman", CARRIED, GATED),
+            arms=(CARRIED, GATED, "Elman"),
             tiers=_tiers(_FLOW, {"nets": 1, "steps": 40}, {"nets": 7, "steps": 200}, {"nets": 100, "steps": 1000}),
         ),
         ORDER: Study(
@@ -200,6 +200,7 @@ CLAIM = Claim(
         ),
     },
     comparisons=(
+        Comparison(FLOW, "slope, unit inputs", CARRIED, GATED, "slope of the log error a step back"),
         Comparison(ORDER, "test_accuracy", "LSTM", "Elman", "temporal order over 60 steps"),
         Comparison(TRUNCATION, "test_accuracy", LONG, SHORT, "exclusive or over 30 steps"),
         Comparison(CLIPPING, "failed", "clipped", "unclipped", "share of failed runs", maximize=False),
