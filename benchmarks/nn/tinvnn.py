@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,8 +39,8 @@ def measure() -> dict[str, Any]:
         forward = alternate({"raw": lambda: backbone(single), "wrapped": lambda: wrapped(single)}, rounds=15)
     growth: dict[str, float] = {}
     for name, layer, sizes in (("gram", gram, (64, 128, 256)), ("covariance", covariance, (1024, 4096, 16384))):
-        taken = alternate({str(n): (lambda x=_clouds(8, n).float(), layer=layer: layer(x)) for n in sizes}, rounds=9)
-        for small, large in zip(sizes, sizes[1:], strict=False):
+        taken = alternate({str(n): partial(layer, _clouds(8, n).float()) for n in sizes}, rounds=9)
+        for small, large in pairwise(sizes):
             growth[f"{name}, points {small} to {large}, time ×"] = taken[str(large)] / taken[str(small)]
     return {
         "peer": "scikit-learn's ClassicalMDS and PCA, cloud by cloud",
