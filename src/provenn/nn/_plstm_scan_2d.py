@@ -110,37 +110,52 @@ class Block(NamedTuple):
     yx: Tensor
 
 
-def join_right(first: Block, second: Block) -> Block:
-    """Join two blocks of which the second lies to the right: what leaves the first on the right enters it on the left.
+SMALL = 2
+"""Levels at which matrices are so small and so many that they are best multiplied with the batch behind."""
+
+
+def join(first: Block, second: Block, down: bool, behind: bool) -> Block:
+    """Join two blocks of which the second lies to the right, or below: what leaves the first there enters the second.
 
     Borders and cells of the first come before those of the second.
+
+    Args:
+        first: Blocks.
+        second: Their neighbours.
+        down: Whether the second lies below.
+        behind: Whether matrices are (rows, columns, …), with the batch behind, else (…, rows, columns).
     """
+    if down:
+        return _mirrored(join(_mirrored(first), _mirrored(second), False, behind))
+    rows, columns = (0, 1) if behind else (-2, -1)
     return Block(
-        _product(second.rl, first.rl),
-        torch.cat((_product(second.rl, first.ru), second.ru), -1),
-        torch.cat((_product(second.rl, first.rx), second.rx), -1),
-        torch.cat((first.dl, _product(second.dl, first.rl)), -2),
-        _lower(first.du, _product(second.dl, first.ru), second.du),
-        _lower(first.dx, _product(second.dl, first.rx), second.dx),
-        torch.cat((first.yl, _product(second.yl, first.rl)), -2),
-        _lower(first.yu, _product(second.yl, first.ru), second.yu),
-        _lower(first.yx, _product(second.yl, first.rx), second.yx),
+        _product(second.rl, first.rl, behind),
+        torch.cat((_product(second.rl, first.ru, behind), second.ru), columns),
+        torch.cat((_product(second.rl, first.rx, behind), second.rx), columns),
+        torch.cat((first.dl, _product(second.dl, first.rl, behind)), rows),
+        _lower(first.du, _product(second.dl, first.ru, behind), second.du, rows, columns),
+        _lower(first.dx, _product(second.dl, first.rx, behind), second.dx, rows, columns),
+        torch.cat((first.yl, _product(second.yl, first.rl, behind)), rows),
+        _lower(first.yu, _product(second.yl, first.ru, behind), second.yu, rows, columns),
+        _lower(first.yx, _product(second.yl, first.rx, behind), second.yx, rows, columns),
     )
 
 
-def _product(one: Tensor, other: Tensor) -> Tensor:
-    """Return the matrix product; over one or two terms, where there are very many matrices, elementwise."""
-    if one.shape[-1] == 1:
-        return one * other
-    if one.shape[-1] == 2:
-        return torch.addcmul(one[..., :1] * other[..., :1, :], one[..., 1:], other[..., 1:, :])
-    return one @ other
+def _product(one: Tensor, other: Tensor, behind: bool) -> Tensor:
+    if not behind:
+        return one @ other
+    total = one[:, :1] * other[:1]
+    for term in range(1, one.shape[1]):
+        total = torch.addcmul(total, one[:, term : term + 1], other[term : term + 1])
+    return total
 
 
-def _lower(first: Tensor, corner: Tensor, second: Tensor) -> Tensor:
+def _lower(first: Tensor, corner: Tensor, second: Tensor, rows: int, columns: int) -> Tensor:
     """Return [[first, 0], [corner, second]]."""
-    above = F.pad(first, (0, second.shape[-1]))
-    return torch.cat((above, torch.cat((corner, second), -1)), -2)
+    shape = list(first.shape)
+    shape[columns] = second.shape[columns]
+    above = torch.cat((first, first.new_zeros(shape)), columns)
+    return torch.cat((above, torch.cat((corner, second), columns)), rows)
 
 
 def _mirrored(block: Block) -> Block:
@@ -149,19 +164,31 @@ def _mirrored(block: Block) -> Block:
     return Block(du, dl, dx, ru, rl, rx, yu, yl, yx)
 
 
-def join_down(first: Block, second: Block) -> Block:
-    """Join two blocks of which the second lies below."""
-    return _mirrored(join_right(_mirrored(first), _mirrored(second)))
-
-
 def merge(block: Block, levels_x: int, levels_y: int) -> Block:
-    """Double the blocks, (n, X, Y, …), along either axis by turns, as often as each is asked to."""
-    for level in range(max(levels_x, levels_y)):
-        if level < levels_x:
-            block = join_right(*(Block(*(one[:, start::2] for one in block)) for start in (0, 1)))
-        if level < levels_y:
-            block = join_down(*(Block(*(one[:, :, start::2] for one in block)) for start in (0, 1)))
+    """Double the blocks, (n, X, Y, rows, columns), along either axis by turns, as often as each is asked to."""
+    small = min(SMALL, max(levels_x, levels_y))
+    block = Block(*(one.permute(3, 4, 1, 2, 0).contiguous() for one in block))
+    for level in range(small):
+        block = _doubled(block, level < levels_x, level < levels_y, behind=True)
+    block = Block(*(one.permute(4, 2, 3, 0, 1).contiguous() for one in block))
+    for level in range(small, max(levels_x, levels_y)):
+        block = _doubled(block, level < levels_x, level < levels_y, behind=False)
     return block
+
+
+def _doubled(block: Block, along_x: bool, along_y: bool, behind: bool) -> Block:
+    axis = 2 if behind else 1
+    if along_x:
+        block = join(*_halves(block, axis), down=False, behind=behind)
+    if along_y:
+        block = join(*_halves(block, axis + 1), down=True, behind=behind)
+    return block
+
+
+def _halves(block: Block, axis: int) -> tuple[Block, Block]:
+    """Return the blocks at even places along an axis, and those at odd ones."""
+    pairs = [one.unflatten(axis, (-1, 2)).unbind(axis + 1) for one in block]
+    return Block(*(even for even, _ in pairs)), Block(*(odd for _, odd in pairs))
 
 
 def _parallel(operands: Operands, outputs: int, levels: int) -> Tensor:
@@ -174,25 +201,26 @@ def _parallel(operands: Operands, outputs: int, levels: int) -> Tensor:
     )
     q, k, v = (_blocks_of(one, lx, ly) for one in (q, k, v))
     cells = Block(rl, ru, sr, dl, du, sd, ml, mu, direct)
-    if q.shape[1] * q.shape[2] == 1:
-        output = gated_attention(_whole_gating(cells, lx, ly), q, k, v, outputs)
+    if q.shape[1] * q.shape[2] == 1 and lx + ly > 0:
+        output = _one_block(cells, q, k, v, lx, ly, outputs)
     else:
         block = merge(cells, lx, ly)
-        output = gated_attention(block.yx, q, k, v, outputs) + _between_blocks(block, q, k, v, outputs)
+        output = gated_attention(block.yx, q, k, v, outputs)
+        if q.shape[1] * q.shape[2] > 1:
+            output = output + _between_blocks(block, q, k, v, outputs)
     return _grid_of(output, lx, ly)[:, : shape[0], : shape[1]]
 
 
-def _whole_gating(cells: Block, levels_x: int, levels_y: int) -> Tensor:
-    """Return the gating matrix of a grid that is one block; its last join needs nothing of the borders."""
-    if levels_x == levels_y == 0:
-        return cells.yx
-    if levels_x > levels_y:
-        block = merge(cells, levels_x - 1, levels_y)
-        first, second = (Block(*(one[:, start : start + 1] for one in block)) for start in (0, 1))
-        return _lower(first.yx, _product(second.yl, first.rx), second.yx)
-    block = merge(cells, levels_x, levels_y - 1)
-    first, second = (Block(*(one[:, :, start : start + 1] for one in block)) for start in (0, 1))
-    return _lower(first.yx, _product(second.yu, first.dx), second.yx)
+def _one_block(cells: Block, q: Tensor, k: Tensor, v: Tensor, levels_x: int, levels_y: int, outputs: int) -> Tensor:
+    """Return the output of a grid that is one block without its last join: of its halves, and of the way across."""
+    down = levels_y >= levels_x
+    block = merge(cells, levels_x - (not down), levels_y - down)
+    q, k, v = (one[:, 0].unflatten(2, (2, -1)).transpose(1, 2) for one in (q, k, v))  # (n, half, 1, cells, …)
+    first, second = _halves(block, 2 if down else 1)
+    across = second.yu @ first.dx if down else second.yl @ first.rx
+    own = gated_attention(block.yx.movedim(2, 1) if down else block.yx, q, k, v, outputs)
+    crossed = gated_attention(across[:, 0], q[:, 1], k[:, 0], v[:, 0], outputs)
+    return torch.cat((own[:, 0], own[:, 1] + crossed), 2)[:, None]
 
 
 def _padded(one: Tensor, missing: tuple[int, int]) -> Tensor:
