@@ -69,8 +69,10 @@ def _repeated(first: Tensor, powers: tuple[Tensor, ...], stride: int, count: int
     rows = first
     place = stride.bit_length() - 1
     while rows.shape[1] < count:
-        missing = count - rows.shape[1]
-        rows = torch.cat((rows, rows[:, :missing] @ powers[place][:, None]), 1)
+        missing = min(rows.shape[1], count - rows.shape[1])
+        # Flat, as a product that broadcasts would copy the power for each of the rows.
+        further = rows[:, :missing].flatten(1, 2) @ powers[place]
+        rows = torch.cat((rows, further.unflatten(1, (missing, rows.shape[2]))), 1)
         place += 1
     return rows
 

@@ -43,6 +43,7 @@ class LSSL(nn.Module):
         Calling it returns the outputs; with a state, outputs and the state after the last step.
 
     Raises:
+        TypeError: A size is not an integer.
         ValueError: A size < 1, an unknown ``measure`` or ``learn``, 0 < ``dt_min`` ≤ ``dt_max`` violated, ``alpha``
             outside [0, 1], ``dropout`` outside [0, 1); in a call, L = 0, ``rate`` ≤ 0, shapes that do not fit, or
             I − αΔA singular.

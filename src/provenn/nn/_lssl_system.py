@@ -69,8 +69,8 @@ class LinearStateSpace(nn.Module):
             raise ValueError(f"C must be (features, channels, {transition.d_state}), got shape {tuple(C.shape)}")
         if D.shape != C.shape[:2]:
             raise ValueError(f"D must have the shape {tuple(C.shape[:2])} of C's rows, got {tuple(D.shape)}")
-        if dt.shape != C.shape[:1] or not bool((dt > 0).all()):
-            raise ValueError(f"dt must be {C.shape[0]} numbers > 0, got {dt.tolist()}")
+        if dt.shape != C.shape[:1] or not (dt.is_meta or bool((dt > 0).all())):
+            raise ValueError(f"dt must be {C.shape[0]} numbers > 0, got {dt}")
         if transition.features not in (None, len(C)):
             raise ValueError(f"transition must be of C's {len(C)} features, got {transition.features}")
         self.d_model, self.channels, self.d_state = C.shape

@@ -16,6 +16,34 @@ MEASURES: tuple[Measure, ...] = ("legs", "legt", "lagt")
 Name = Literal["lower", "diagonal", "upper", "p", "q", "d", "b"]
 
 
+def gbt(
+    A: Float[Tensor, "... n n"], B: Float[Tensor, "... n"], dt: Float[Tensor, "..."] | float, alpha: float = 0.5
+) -> tuple[Float[Tensor, "... n n"], Float[Tensor, "... n"]]:
+    """Discretise ẋ = Ax + Bu by the generalised bilinear transform; the paper's name for ``generalized_bilinear``.
+
+    Args:
+        A: The system's matrix.
+        B: What its one input adds.
+        dt: The step Δ > 0.
+        alpha: 0 forward Euler, ½ bilinear, 1 backward Euler.
+
+    Shape:
+        A (…, N, N), B (…, N), ``dt`` (…); leading dimensions broadcast.
+
+    Returns:
+        Ā = (I − αΔA)⁻¹(I + (1 − α)ΔA) and B̄ = Δ(I − αΔA)⁻¹B, of x_t = Ā x_{t−1} + B̄ u_t.
+
+    Raises:
+        ValueError: ``alpha`` outside [0, 1], a step ≤ 0, or I − αΔA singular.
+
+    Cost: one solve, O(N³). Differentiable.
+
+    Source: Gu et al., NeurIPS 2021, equation 3.
+    """
+    moving, entering = generalized_bilinear(A, B, dt, alpha)
+    return moving, entering
+
+
 class Transition(nn.Module):
     """Base: a system's A (…, N, N) and B (…, N), as parameters or as buffers."""
 
@@ -45,7 +73,10 @@ class DenseTransition(Transition):
         trainable: Whether both are parameters; else they are buffers.
 
     Shape:
-        A (N, N) and B (N,), or (features, N, N) and (features, N). Calling it maps x (…, N) to A x.
+        A (N, N) and B (N,), or (features, N, N) and (features, N). Calling it maps ``x`` (…, N) to A x.
+
+    Returns:
+        Calling it returns the products.
 
     Raises:
         ValueError: A is not square, or B does not fit it.
@@ -66,14 +97,18 @@ class DenseTransition(Transition):
         self._hold("B", B, trainable)
 
     def forward(self, x: Float[Tensor, "*lead n"]) -> Float[Tensor, "*lead n"]:
-        """Return A x."""
+        """Return A x.
+
+        Args:
+            x: Vectors, (…, N), with A (features, N, N) (…, features, N).
+        """
         return (self.A @ x[..., None])[..., 0]
 
     def discretize(
         self, dt: Float[Tensor, " features"], alpha: float
     ) -> tuple[Float[Tensor, "features n n"], Float[Tensor, "features n"]]:
         """Return Ā and B̄ of every feature in float64, by :func:`gbt`."""
-        A, B = generalized_bilinear(self.A.double(), self.B.double(), dt.double(), alpha)
+        A, B = gbt(self.A.double(), self.B.double(), dt.double(), alpha)
         return A, B
 
 

@@ -16,12 +16,11 @@ The layer is in ``_lssl_layer``, the bare system with its three views in ``_lssl
 ``provenn.core.sequences.state_space``.
 """
 
-from provenn.core.sequences.state_space import generalized_bilinear as gbt
 from provenn.core.sequences.state_space import hippo, krylov
 from provenn.nn._lssl_layer import LSSL, LSSLModel, lssl_parameter_groups
 from provenn.nn._lssl_relations import gated_recurrence, picard_iteration
 from provenn.nn._lssl_system import LinearStateSpace
-from provenn.nn._lssl_transition import DenseTransition, StructuredTransition
+from provenn.nn._lssl_transition import DenseTransition, StructuredTransition, gbt
 
 __all__ = [
     "LSSL",

@@ -50,6 +50,14 @@ def test_gradients_and_types():
     assert fft_convolution(*(leaf.detach().float() for leaf in leaves)).dtype == torch.float32
 
 
+def test_no_sequences_give_no_sequences():
+    kernel = torch.ones(3, 4, requires_grad=True)
+    convolved = fft_convolution(torch.zeros(0, 3, 7), kernel)
+    assert convolved.shape == (0, 3, 7)
+    convolved.sum().backward()
+    assert torch.equal(kernel.grad, torch.zeros(3, 4))
+
+
 def test_an_empty_sequence_is_refused():
     with pytest.raises(ValueError, match="kernel must be at least one step long"):
         fft_convolution(torch.ones(2, 3), torch.ones(2, 0))

@@ -41,6 +41,9 @@ def fft_convolution(
             raise ValueError(f"{name} must be at least one step long, got shape {tuple(one.shape)}")
     kind = torch.promote_types(signal.dtype, kernel.dtype)
     wide = torch.promote_types(kind, torch.float32)
+    if signal.numel() == 0:  # FFTs of no sequences are refused; the product has their shape and their derivative
+        first: Tensor = (signal.to(wide) * kernel[..., :1].to(wide)).to(kind)
+        return first
     forward = kernel[..., :length].to(wide)
     if backward_kernel is None:
         size = _fast_length(length + forward.shape[-1] - 1)
