@@ -225,5 +225,8 @@ CLAIM = Claim(
     deviations=(
         "5000 photographs of CIFAR-10 and 200 characters of Omniglot (12 images each to train on, 8 to test) in place "
         "of ImageNet; four convolutions in place of ResNet-50; 5 and 15 epochs without warm-up or label smoothing.",
+        "On photographs both arms picked the smallest rate. Outside the record, EBV reached 46 % of the validation "
+        "images with 0.003, against 36 % with 0.03 and the linear layer's 56 %: a finer grid would not turn the "
+        "verdict. All embeddings begin in nearly one direction, so that the loss begins at 3.8 and falls late.",
     ),
 )
