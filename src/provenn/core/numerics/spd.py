@@ -212,6 +212,8 @@ class _Lyapunov(torch.autograd.Function):
 
 
 def _check_positive(eigenvalues: Tensor) -> None:
+    if torch.compiler.is_compiling():  # a traced program cannot branch on values
+        return
     if not bool((eigenvalues > 0).all()):
         raise ValueError(f"A must be positive definite, got the eigenvalue {eigenvalues.min().item()}")
 
