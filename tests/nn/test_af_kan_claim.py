@@ -6,7 +6,6 @@ import pytest
 from provenn.claims import Evidence
 from provenn.claims.nn import af_kan as claim
 
-
 RBF_FULL, RBF_MATCHED, SPLINE_MATCHED = "RBF KAN, full width", "RBF KAN, matched", "B-spline KAN, matched"
 
 
