@@ -213,6 +213,10 @@ class LinearStateSpace(nn.Module):
         check_integer("L", L, at_least=1)
         return convolution_kernel(self._factors(L, rate), self.C.double(), L).to(self.C.dtype)
 
+    def reset_cache(self) -> None:
+        """Forget what is kept from call to call, to free its memory."""
+        self._kept.clear()
+
     def _output(self, y: Tensor, u: Tensor) -> Tensor:
         return (y + u[..., None] * self.D).to(u.dtype)
 
