@@ -51,8 +51,8 @@ class RiemannianSGD(torch.optim.Optimizer):
 
     - ``"euclidean"``: :class:`torch.optim.SGD` with momentum and weight decay.
     - ``"spd"``: symmetric positive definite matrices P under the affine-invariant metric. With :math:`\xi =
-      -\alpha\, P\, \mathrm{sym}(\nabla) P` the step is :math:`P + \xi + \tfrac12 \xi P^{-1} \xi`, which is positive definite for
-      every learning rate.
+      -\alpha\, P\, \mathrm{sym}(\nabla) P` the step is :math:`P + \xi + \tfrac12 \xi P^{-1} \xi`,
+      which is positive definite for every learning rate.
     - ``"stiefel"``: matrices W of orthonormal rows. With :math:`\xi = -\alpha\,(\nabla - W \nabla^\top W)` the step is
       the orthonormal factor of :math:`W + \xi`, by QR with a positive diagonal.
 
