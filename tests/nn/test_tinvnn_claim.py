@@ -19,7 +19,7 @@ def draws(seed=0):
 
 def evidence(tinv=(0.9, 0.9), augmented=0.91, raw=0.5, tinv_gap=(0.05, 0.05), raw_gap=(0.05, 0.2)):
     def shapes(canonical, turned):
-        return {"canonical accuracy": [canonical] * 3, "moved accuracy": [turned] * 3}
+        return {"canonical accuracy": [canonical] * 3, "moved accuracy": [turned] * 3, "turned accuracy": [turned] * 3}
 
     def gaps(plain, turned):
         return {"gap": [plain] * 3, "gap, moved": [turned] * 3}

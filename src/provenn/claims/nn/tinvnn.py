@@ -68,6 +68,7 @@ def _shapes(trial: Trial) -> Iterator[Event]:
         yield Metric("validation accuracy", accuracy(model, x_held, y_held))
         return
     yield Metric("canonical accuracy", accuracy(model, x_test, y_test))
+    yield Metric("turned accuracy", accuracy(model, turned(x_test, generator(seed, "test turns")), y_test))
     yield Metric("moved accuracy", accuracy(model, moved(x_test, generator(seed, "moves")), y_test))
 
 
@@ -115,7 +116,8 @@ def judge(evidence: Evidence) -> Verdict:
     if invariant and gains:
         outcome = "reproduced" if over_augmentation.estimate >= -0.02 - 1e-9 else "partly"
     accuracies = "; ".join(
-        f"{arm} {100 * mean(arm, 'canonical accuracy'):.1f} %, moved {100 * mean(arm, 'moved accuracy'):.1f} %"
+        f"{arm} {100 * mean(arm, 'canonical accuracy'):.1f} %, turned {100 * mean(arm, 'turned accuracy'):.1f} %, moved "
+        f"{100 * mean(arm, 'moved accuracy'):.1f} %"
         for arm in (TINV, AUGMENTED, RAW)
     )
     gaps = "; ".join(
@@ -174,7 +176,7 @@ CLAIM = Claim(
         *(
             Comparison(SHAPES, metric, TINV, arm, f"{metric}, shapes")
             for arm in (AUGMENTED, RAW)
-            for metric in ("moved accuracy", "canonical accuracy")
+            for metric in ("moved accuracy", "turned accuracy", "canonical accuracy")
         ),
         *(Comparison(TOURS, metric, TINV, RAW, f"{metric}, tours", maximize=False) for metric in ("gap, moved", "gap")),
     ),
@@ -183,6 +185,8 @@ CLAIM = Claim(
     deviations=(
         "Eight shapes of 128 points (five surfaces; a bunny, a cow and a man as meshes) in place of ModelNet40 and "
         "ShapeNet; PointNet without transformation networks, with layer norm.",
+        "The network trained on turned shapes sees neither shifts nor scales in training, but does in the moved tests, "
+        "as the rule has it; accuracies on shapes that are turned alone, added after a first run, stand beside.",
         "Tours of 10 points after 500 steps of REINFORCE with four tours an instance as each other's baseline.",
     ),
 )
