@@ -127,7 +127,7 @@ def run_pixels(trial: Trial) -> Iterator[Event]:
     with seeded(trial.seed, "weights"):
         model = classifier(trial.arm, sizes).to(trial.device)
     yield Metric("parameters", sum(one.numel() for one in model.parameters()))
-    yield from _trained(trial, model, learning, sizes["epochs"], sizes["batch_size"])
+    yield from _trained(trial, model, learning, sizes)
     yield Metric("validation_accuracy", accuracy(model, *held, batch_size=100))
     if not trial.tuning:
         yield Metric("test_accuracy", accuracy(model, *test, batch_size=100))
@@ -140,8 +140,7 @@ def run_audio(trial: Trial) -> Iterator[Event]:
     learning, held, (x, y) = ((x.to(trial.device), y.to(trial.device)) for x, y in parts)
     with seeded(trial.seed, "weights"):
         model = classifier(trial.arm, sizes).to(trial.device)
-    epochs = max(1, sizes["epochs"] // (sizes["tuning_divisor"] if trial.tuning else 1))
-    yield from _trained(trial, model, learning, epochs, sizes["batch_size"])
+    yield from _trained(trial, model, learning, sizes)
     yield Metric("validation_accuracy", accuracy(model, *held, batch_size=100))
     if trial.tuning:
         return
@@ -160,8 +159,10 @@ def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return nn.functional.cross_entropy(model(x), y)
 
 
-def _trained(trial: Trial, model: nn.Module, learning: Split, epochs: int, batch_size: int) -> Iterator[Event]:
-    """Train by Adam with clipped gradients; the step size falls as a cosine."""
+def _trained(trial: Trial, model: nn.Module, learning: Split, sizes: dict[str, int]) -> Iterator[Event]:
+    """Train by Adam with clipped gradients and a falling cosine; the step size is picked on a part of the epochs."""
+    epochs = max(1, sizes["epochs"] // (sizes["tuning_divisor"] if trial.tuning else 1))
+    batch_size = sizes["batch_size"]
     lr = float(trial.settings["lr"])
     optimizer = torch.optim.Adam(lssl_parameter_groups(model, lr))
     steps = epochs * -(-len(learning[0]) // batch_size)
