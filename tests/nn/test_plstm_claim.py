@@ -13,7 +13,12 @@ from provenn.core.experiment.seeding import seeded
 
 def evidence(test=0.9, larger=0.85, interpolated=0.6, none=0.55, constant=0.99, seen=0.9):
     """Means over three seeds that differ; constant gates, however good, must not matter."""
-    wanted = {GATED: (test, larger), CONSTANT: (0.99, constant), INTERPOLATED: (seen, interpolated), NO_POSITION: (0.5, none)}
+    wanted = {
+        GATED: (test, larger),
+        CONSTANT: (0.99, constant),
+        INTERPOLATED: (seen, interpolated),
+        NO_POSITION: (0.5, none),
+    }
     return Evidence.of(
         {
             ("tokens", arm): {
@@ -85,7 +90,9 @@ def test_models_take_both_sizes(arm):
 
 
 def test_run_reports_what_the_rule_needs():
-    trial = Trial("tokens", INTERPOLATED, 0, "smoke", {**claim.CLAIM.studies["tokens"].tiers["smoke"].budget}, {"lr": 1e-3})
+    trial = Trial(
+        "tokens", INTERPOLATED, 0, "smoke", {**claim.CLAIM.studies["tokens"].tiers["smoke"].budget}, {"lr": 1e-3}
+    )
     metrics = {event.name: event.value for event in claim.run(trial) if isinstance(event, Metric)}
     assert metrics["drop"] == pytest.approx(metrics["test_accuracy"] - metrics["accuracy at twice the size"])
     tuned = Trial("tokens", INTERPOLATED, 0, "smoke", trial.budget, {"lr": 1e-3}, tuning=True)

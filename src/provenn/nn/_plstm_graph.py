@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 import torch
@@ -62,6 +63,7 @@ class PreparedDAG:
         self.out_slots = torch.tensor(out_slots, dtype=torch.int64, device=device)
         self.max_degree = max((len(edges) for edges in (*into, *out_of)), default=0)
         self.schedule = AcyclicSchedule(self.pairs, edge_index.shape[1])
+        self._origin: PreparedDAG | None = None  # where this was copied from
         self._multitree: Tensor | None = None
         self._reversed: PreparedDAG | None = None
 
@@ -73,16 +75,33 @@ class PreparedDAG:
     @property
     def multitree(self) -> Tensor:
         """Which pairs stay where at most one path may join two edges, chosen greedily in topological order."""
-        if self._multitree is None:
+        if self._multitree is None and self._origin is not None:
+            self._multitree = self._origin.multitree.to(self.edge_index.device)
+        elif self._multitree is None:
             self._multitree = _pruned(self.pairs, self.schedule, self.edges)
         return self._multitree
 
     @property
     def reversed(self) -> PreparedDAG:
         """The graph with every edge turned round; edges keep their numbers."""
-        if self._reversed is None:
+        if self._reversed is None and self._origin is not None:
+            self._reversed = self._origin.reversed.to(self.edge_index.device)
+        elif self._reversed is None:
             self._reversed = PreparedDAG(self.edge_index.flip(0), self.nodes)
         return self._reversed
+
+    def to(self, device: torch.device | str) -> PreparedDAG:
+        """Return the graph on a device; itself where it is there."""
+        if self.edge_index.device == torch.device(device):
+            return self
+        copied = copy.copy(self)
+        copied._origin, copied._multitree, copied._reversed = self, None, None
+        for name in ("edge_index", "pairs", "pair_nodes", "in_slots", "out_slots"):
+            setattr(copied, name, getattr(self, name).to(device))
+        copied.schedule = copy.copy(self.schedule)
+        copied.schedule.pairs = copied.pairs
+        copied.schedule.rounds = [one.to(device) for one in self.schedule.rounds]
+        return copied
 
 
 def _pruned(pairs: Tensor, schedule: AcyclicSchedule, edges: int) -> Tensor:
@@ -158,6 +177,7 @@ def plstm_graph(
         wanted = (*lead, counts[kind], heads, *width)
         if tuple(one.shape) != wanted:
             raise ValueError(f"{name} must be {wanted} on this graph, got {tuple(one.shape)}")
+    dag = dag.to(q.device)
     own = direct[..., None] * (q * k).sum(-1, keepdim=True) * v
     tail, head = dag.edge_index
     if method == "parallel":

@@ -42,7 +42,8 @@ class PLSTMGraph(nn.Module):
         ValueError: ``dim`` not divisible by ``heads``, an argument out of bounds, another shape, or a node of ``dag``
             with more than ``max_degree`` edges.
 
-    Cost: that of four dim × dim projections, heads·max_degree² gates a node, and of :func:`plstm_graph`.
+    Cost: that of four dim × dim projections, heads·max_degree² gates a node, and of :func:`plstm_graph`. Under
+    ``torch.compile`` use ``method="parallel"``; ``torch.export`` takes no prepared graph.
 
     Source: Pöppel et al., "pLSTM", 2025, section 3; starts of the gates as in the authors' ``plstm_graph_layer``.
     """
@@ -76,13 +77,19 @@ class PLSTMGraph(nn.Module):
         self.direct = Gate(dim, (heads,), SHUT, constant_gates)
 
     def forward(self, x: Float[Tensor, "batch nodes dim"], dag: PreparedDAG) -> Float[Tensor, "batch nodes dim"]:
-        """Run the layer; see the class."""
+        """Run the layer.
+
+        Args:
+            x: Features of each node.
+            dag: The graph.
+        """
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (batch, nodes, {self.dim}), got {tuple(x.shape)}")
         if x.shape[1] != dag.nodes:
             raise ValueError(f"x must have the {dag.nodes} nodes of the graph, got {x.shape[1]}")
         if dag.max_degree > self.max_degree:
             raise ValueError(f"max_degree is {self.max_degree}, but a node of the graph has {dag.max_degree} edges")
+        dag = dag.to(x.device)
         q, k, v = (one[..., 0] for one in self.projections(x, x))
         direct = torch.sigmoid(self.direct(x))
         heard = plstm_graph(q, k, v, *self.gates(x, dag, 0), direct, dag, method=self.method)

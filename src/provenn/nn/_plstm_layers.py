@@ -72,7 +72,11 @@ class PLSTM1d(nn.Module):
         self.direct = Gate(dim, (heads, states, 1, 1, states), SHUT, constant_gates)
 
     def forward(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time dim"]:
-        """Run the layer; see the class."""
+        """Run the layer.
+
+        Args:
+            x: Features of each step.
+        """
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (batch, time, {self.dim}), got {tuple(x.shape)}")
         seen = x
@@ -177,7 +181,11 @@ class PLSTM2d(nn.Module):
         self.direct = Gate(dim, (heads, states, 1, 1, states), SHUT, constant_gates)
 
     def forward(self, x: Float[Tensor, "batch x y dim"]) -> Float[Tensor, "batch x y dim"]:
-        """Run the layer; see the class."""
+        """Run the layer.
+
+        Args:
+            x: Features of each cell.
+        """
         if x.ndim != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (batch, X, Y, {self.dim}), got {tuple(x.shape)}")
         seen = x

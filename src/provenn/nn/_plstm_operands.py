@@ -11,14 +11,19 @@ from torch import Tensor
 from provenn.core.experiment.checks import check_choice, check_integer
 
 METHODS = ("recurrent", "parallel")
-_TRAILING = {"source": ("T", "K", "V"), "transition": ("T", "T"), "mark": ("O", "Q", "T"), "direct": ("O", "Q", "K", "V")}
+_TRAILING = {
+    "source": ("T", "K", "V"),
+    "transition": ("T", "T"),
+    "mark": ("O", "Q", "T"),
+    "direct": ("O", "Q", "K", "V"),
+}
 
 
 class Operands(NamedTuple):
     """Operands with batch and heads as one leading dimension n, and gates as matrices.
 
-    q (n, *grid, d_k, J_Q), k (n, *grid, d_k, J_K), v (n, *grid, d_v, J_V); sources (n, *grid, J_T, J_K·J_V); transitions
-    (n, *grid, J_T, J_T); marks (n, *grid, J_O·J_Q, J_T); direct (n, *grid, J_O·J_Q, J_K·J_V).
+    q (n, *grid, d_k, J_Q), k (n, *grid, d_k, J_K), v (n, *grid, d_v, J_V); sources (n, *grid, J_T, J_K·J_V);
+    transitions (n, *grid, J_T, J_T); marks (n, *grid, J_O·J_Q, J_T); direct (n, *grid, J_O·J_Q, J_K·J_V).
     """
 
     q: Tensor
@@ -31,7 +36,7 @@ class Operands(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What it takes to put an output back: batch, heads, the dimensions of state tracking, and whether they were given."""
+    """What puts an output back: batch, heads, the sizes of state tracking, and whether they were given."""
 
     batch: int
     heads: int
@@ -68,10 +73,14 @@ def arrange(
     """
     tracked = q.ndim == axes + 4
     if not tracked and q.ndim != axes + 3:
-        raise ValueError(f"q must be (batch, {'x, y' if axes == 2 else 'time'}, heads, d_k[, J_Q]), got {tuple(q.shape)}")
+        raise ValueError(
+            f"q must be (batch, {'x, y' if axes == 2 else 'time'}, heads, d_k[, J_Q]), got {tuple(q.shape)}"
+        )
     if not tracked:
         q, k, v = q[..., None], k[..., None], v[..., None]
-        gates = {name: [gate[(...,) + (None,) * len(_TRAILING[name])] for gate in group] for name, group in gates.items()}
+        gates = {
+            name: [gate[(...,) + (None,) * len(_TRAILING[name])] for gate in group] for name, group in gates.items()
+        }
     lead = q.shape[: axes + 2]
     for name, one, width in (("k", k, q.shape[-2]), ("v", v, v.shape[-2])):
         if one.ndim != q.ndim or one.shape[:-2] != lead or one.shape[-2] != width:
@@ -146,7 +155,7 @@ def written(sources: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def read(marks: Tensor, q: Tensor, states: Tensor, outputs: int) -> Tensor:
-    """Return M qᵀC per cell: (…, cells, d_v, J_O), from marks (…, cells·J_O·J_Q, rows) and states (…, rows, d_k·d_v)."""
+    """Return M qᵀC of cells, (…, cells, d_v, J_O): marks (…, cells·J_O·J_Q, rows), states (…, rows, d_k·d_v)."""
     split = marks.unflatten(-2, (q.shape[-3], outputs, q.shape[-1]))
     queries = torch.einsum("...aoqr,...adq->...aord", split, q)
     return torch.einsum("...aord,...rdv->...avo", queries, states.unflatten(-1, (q.shape[-2], -1)))

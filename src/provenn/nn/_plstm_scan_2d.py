@@ -73,7 +73,7 @@ def plstm_scan_2d(
     gates = {"source": list(source), "transition": list(transition), "mark": list(mark), "direct": [direct]}
     operands, layout = arrange(q, k, v, gates, 2)
     outputs = layout.sizes["O"]
-    if 0 in q.shape[1:3]:
+    if 0 in q.shape[:3]:
         return restore(operands.v.new_zeros(*operands.v.shape[:-1], outputs), layout)
     if method == "parallel":
         return restore(_parallel(operands, outputs, levels), layout)

@@ -37,7 +37,7 @@ class MixerBlock(nn.Module):
 
 
 class PLSTMVision(nn.Module):
-    r"""Classifier of images from blocks of :class:`PLSTM2d` whose modes alternate P, D, P, D, …
+    r"""Classifier of images: patches, blocks of :class:`PLSTM2d` whose modes alternate P and D, and a linear head.
 
     Args:
         classes: Outputs.
@@ -107,7 +107,11 @@ class PLSTMVision(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Float[Tensor, "batch x y channels"]) -> Float[Tensor, "batch classes"]:
-        """Classify; see the class."""
+        """Classify.
+
+        Args:
+            images: Images, channels last.
+        """
         p = self.patch
         if images.ndim != 4 or images.shape[-1] != self.channels or images.shape[1] % p or images.shape[2] % p:
             wanted = f"(batch, X, Y, {self.channels}) with X and Y multiples of {p}"

@@ -10,7 +10,12 @@ from provenn.nn._plstm_arrow import aimed, arrow_pointing
 from provenn.nn._plstm_gates import EPS
 from provenn.nn._plstm_vision import MixerBlock, PLSTMVision, resized
 
-GATED, CONSTANT, INTERPOLATED, NO_POSITION = "pLSTM", "pLSTM, constant gates", "ViT, interpolated positions", "ViT, none"
+GATED, CONSTANT, INTERPOLATED, NO_POSITION = (
+    "pLSTM",
+    "pLSTM, constant gates",
+    "ViT, interpolated positions",
+    "ViT, none",
+)
 ARMS = (GATED, CONSTANT, INTERPOLATED, NO_POSITION)
 CHANNELS = 6
 """Of a cell: arrow, cos θ, sin θ, circle, and two of noise."""
@@ -70,7 +75,8 @@ class VisionTransformer(nn.Module):
     def __init__(self, dim: int, depth: int, heads: int, hidden: int, channels: int, patch: int, grid: int) -> None:
         super().__init__()
         self.embed = nn.Conv2d(channels, dim, patch, stride=patch)
-        self.position = nn.Parameter(0.02 * torch.randn(1, dim, grid, grid)) if grid else None
+        # From 0.02 on, as ViTs usually start, nothing is learned in thousands of steps: the noise channels drown it.
+        self.position = nn.Parameter(torch.randn(1, dim, grid, grid)) if grid else None
         self.blocks = nn.Sequential(*(MixerBlock(dim, Attention(dim, heads), hidden) for _ in range(depth)))
         self.norm = nn.RMSNorm(dim, eps=EPS)
         self.head = nn.Linear(dim, 2)
