@@ -76,7 +76,14 @@ class BiMap(nn.Module):
             nn.init.orthogonal_(matrix)
 
     def forward(self, X: Batch) -> Float[Tensor, "batch out_channels m m"]:
-        """Map a batch."""
+        """Map a batch.
+
+        Args:
+            X: Symmetric matrices.
+
+        Returns:
+            Symmetric matrices; positive definite ones of such.
+        """
         check_channels("X", X, self.in_channels, self.in_size, self.weight.dtype)
         check_symmetric("X", X)
         with full_precision(X):
@@ -114,7 +121,14 @@ class ReEig(nn.Module):
         self.minimum = minimum
 
     def forward(self, X: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
-        """Rectify."""
+        """Rectify.
+
+        Args:
+            X: Symmetric matrices.
+
+        Returns:
+            Matrices whose eigenvalues are at least ε.
+        """
         check_symmetric("X", X)
         with full_precision(X):
             return clamp_eigenvalues(X, self.minimum)
@@ -143,7 +157,14 @@ class LogEig(nn.Module):
     """
 
     def forward(self, X: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
-        """Take the logarithm."""
+        """Take the logarithm.
+
+        Args:
+            X: Symmetric positive definite matrices.
+
+        Returns:
+            Symmetric matrices.
+        """
         check_spd("X", X)
         with full_precision(X):
             return spd_log(X)
@@ -205,7 +226,14 @@ class SPDNet(nn.Module):
         self.head = nn.Linear(sizes[-1] ** 2, classes, device=device, dtype=dtype)
 
     def forward(self, X: Float[Tensor, "batch 1 n n"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits."""
+        """Classify a batch.
+
+        Args:
+            X: Symmetric positive definite matrices.
+
+        Returns:
+            The logits.
+        """
         check_channels("X", X, 1, self.size, self.head.weight.dtype)
         check_spd("X", X)
         logits: Tensor = self.head(self.features(X).flatten(1))

@@ -60,7 +60,14 @@ class _RiemannianBatchNorm(nn.Module):
         self.register_buffer("running_var", ones.clone() if scaled else None)
 
     def forward(self, X: Batch) -> Batch:
-        """Normalise a batch; in training by its own statistics, which also enter the running ones."""
+        """Normalise a batch; in training by its own statistics, which also enter the running ones.
+
+        Args:
+            X: Symmetric positive definite matrices.
+
+        Returns:
+            Symmetric positive semidefinite matrices.
+        """
         check_channels("X", X, self.channels, self.n, self.bias.dtype)
         check_spd("X", X)
         if self.training and len(X) < 2:
