@@ -70,7 +70,7 @@ def expand(x: Float[Tensor, "*rest d"]) -> Float[Tensor, "*rest d2"]:
 
 
 def readout(hidden_size: int, output_size: int | None) -> nn.Linear | None:
-    """Return the linear map to the outputs, Glorot-uniform with bias 0 as in the authors' framework, if there is one."""
+    """Return the linear map to the outputs, if any: Glorot-uniform with bias 0, as the authors' framework draws it."""
     if output_size is None:
         return None
     linear = nn.Linear(hidden_size, output_size)

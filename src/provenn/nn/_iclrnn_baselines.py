@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -68,7 +70,7 @@ class ICRNN(nn.Module):
         super().__init__()
         self.input_size, self.hidden_size, self.expand_input = input_size, hidden_size, expand_input
         sizes = [2 * input_size if expand_input else input_size, *[hidden_size] * num_layers]
-        self.layers = nn.ModuleList(_ConvexLayer(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(_ConvexLayer(a, b) for a, b in pairwise(sizes))
         self.readout = readout(hidden_size, output_size)
         self.project_()
 
@@ -79,10 +81,13 @@ class ICRNN(nn.Module):
             weight.clamp_(min=0)
 
     def forward(self, x: Float[Tensor, "batch time features"]) -> Float[Tensor, "batch time outputs"]:
-        """Return the outputs of all steps.
+        """Run over whole sequences.
 
         Args:
             x: The inputs.
+
+        Returns:
+            The outputs of all steps.
 
         Raises:
             TypeError: No floating-point input.
@@ -168,19 +173,20 @@ class LipschitzRNN(nn.Module):
         super().__init__()
         self.input_size, self.hidden_size = input_size, hidden_size
         sizes = [input_size, *[hidden_size] * num_layers]
-        self.layers = nn.ModuleList(
-            _LipschitzLayer(a, b, beta, gamma, step) for a, b in zip(sizes, sizes[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(_LipschitzLayer(a, b, beta, gamma, step) for a, b in pairwise(sizes))
         self.readout = readout(hidden_size, output_size)
 
     def project_(self) -> None:
         """Do nothing: A and W keep their form by construction. Here for loops that project every model."""
 
     def forward(self, x: Float[Tensor, "batch time features"]) -> Float[Tensor, "batch time outputs"]:
-        """Return the outputs of all steps.
+        """Run over whole sequences.
 
         Args:
             x: The inputs.
+
+        Returns:
+            The outputs of all steps.
 
         Raises:
             TypeError: No floating-point input.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ from provenn.nn._iclrnn_base import (
     readout,
     relu_recurrence,
 )
-from provenn.nn._iclrnn_constraint import nonnegative_spectral_
+from provenn.nn._iclrnn_constraint import project_matrices_
 
 
 class ICLRNNCell(nn.Module):
@@ -71,15 +72,13 @@ class ICLRNNCell(nn.Module):
         """Return the sizes and the norm."""
         return f"{self.input_size}, {self.hidden_size}, lip={self.lip}"
 
-    @torch.no_grad()
     def project_(self, generator: torch.Generator | None = None) -> None:
         """Put W and U back on the constraint; the bias is free.
 
         Args:
             generator: Draws the starts of the power iterations; ``None`` is torch's global one.
         """
-        for weight in (self.W, self.U):
-            nonnegative_spectral_(weight, self.lip, generator)
+        project_matrices_([self.W, self.U], self.lip, generator)
 
     def forward(
         self, x: Float[Tensor, "batch features"], h: Float[Tensor, "batch hidden"] | None = None
@@ -89,6 +88,9 @@ class ICLRNNCell(nn.Module):
         Args:
             x: The input.
             h: The state before; ``None`` is 0.
+
+        Returns:
+            The state after it.
 
         Raises:
             TypeError: No floating-point input.
@@ -125,7 +127,11 @@ class ICLRNNCell(nn.Module):
 
         Cost: an eigendecomposition of either weight and of a matrix (length, length).
         """
-        return float(spectral_norm(self.W)) * _accumulation(length, float(spectral_norm(self.U)))
+        return _norm(self.W) * _accumulation(length, _norm(self.U))
+
+
+def _norm(weight: Tensor) -> float:
+    return float(spectral_norm(weight.detach()))
 
 
 def _accumulation(length: int, decay: float) -> float:
@@ -194,28 +200,27 @@ class ICLRNN(nn.Module):
         self.expand_input = expand_input
         wide = 2 * input_size if expand_input else input_size
         sizes = [wide, *[hidden_size] * num_layers]
-        self.cells = nn.ModuleList(ICLRNNCell(a, b, lip, activation) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.cells = nn.ModuleList(ICLRNNCell(a, b, lip, activation) for a, b in pairwise(sizes))
         self.readout = readout(hidden_size, output_size)
         if self.readout is not None:
-            nonnegative_spectral_(self.readout.weight, lip)
+            project_matrices_([self.readout.weight], lip, None)
 
-    @torch.no_grad()
     def project_(self, generator: torch.Generator | None = None) -> None:
         """Put every matrix back on the constraint; biases are free.
 
         Args:
             generator: Draws the starts of the power iterations; ``None`` is torch's global one.
         """
-        for cell in self.cells:
-            cell.project_(generator)  # type: ignore[operator]
-        if self.readout is not None:
-            nonnegative_spectral_(self.readout.weight, self.lip, generator)
+        project_matrices_([weight for weight in self.parameters() if weight.ndim == 2], self.lip, generator)
 
     def forward(self, x: Float[Tensor, "batch time features"]) -> Float[Tensor, "batch time outputs"]:
-        """Return the outputs of all steps.
+        """Run over whole sequences.
 
         Args:
             x: The inputs.
+
+        Returns:
+            The outputs of all steps.
 
         Raises:
             TypeError: No floating-point input.
@@ -244,4 +249,4 @@ class ICLRNN(nn.Module):
         gain = math.sqrt(2) if self.expand_input else 1.0
         for cell in self.cells:
             gain *= cell.sequence_gain(length)  # type: ignore[operator]
-        return gain if self.readout is None else gain * float(spectral_norm(self.readout.weight))
+        return gain if self.readout is None else gain * _norm(self.readout.weight)

@@ -133,9 +133,7 @@ class CSTR:
         c, t = points.unbind(-1)
         return points[1060 * c.square() + 44 * c * t + 0.52 * t.square() < 372]
 
-    def trajectories(
-        self, grid: int = 100, levels: int = 4
-    ) -> tuple[Float[Tensor, "n 4"], Float[Tensor, "n 10 2"]]:
+    def trajectories(self, grid: int = 100, levels: int = 4) -> tuple[Float[Tensor, "n 4"], Float[Tensor, "n 10 2"]]:
         """Return the set of the paper: every start with every pair of inputs on a grid, and 10 states of each run.
 
         Args:
