@@ -31,6 +31,9 @@ class FilterBank(nn.Module):
     Shape:
         ``filters`` (Λ, *grid), a grid of one or two dimensions.
 
+    Returns:
+        On a call, the transfer functions.
+
     Raises:
         TypeError: ``output`` is no integer.
         ValueError: Fewer than two filters, another number of dimensions, ``output`` out of range.
@@ -51,13 +54,17 @@ class FilterBank(nn.Module):
         check_integer("output", output, at_least=0, at_most=len(filters) - 1)
         # Complex numbers are kept as pairs: ``module.to(dtype)`` would drop their imaginary parts.
         self.complex = filters.is_complex()
-        self.register_buffer("parts", torch.view_as_real(filters) if self.complex else filters)
+        self.register_buffer("parts", torch.view_as_real(filters).clone() if self.complex else filters)
         self.output = output
 
     @property
     def grid(self) -> tuple[int, ...]:
         """The grid's sizes."""
         return tuple(self.parts.shape[1:-1] if self.complex else self.parts.shape[1:])
+
+    def forward(self) -> Inexact[Tensor, "filters *grid"]:
+        """Return the transfer functions."""
+        return self.transfer()
 
     def transfer(self) -> Inexact[Tensor, "filters *grid"]:
         """Return the transfer functions, in single precision at least."""

@@ -106,7 +106,7 @@ class ScatteringLayer(nn.Module):
         Args:
             f: Signals.
         """
-        filters, out = self.bank.transfer(), self.bank.output
+        filters, out = self.bank(), self.bank.output
         wide = f.to(torch.promote_types(f.dtype, torch.float32))
         filtered = analyze(wide, torch.cat((filters[:out], filters[out + 1 :])))
         transformed = self._given(filtered) if self._given else NONLINEARITIES[str(self._known)][0](filtered)

@@ -192,6 +192,8 @@ class GeneralizedScattering(nn.Module):
 def _smoothed(f: Tensor, chi: Tensor) -> Tensor:
     """Return f * χ; real for real signals and atoms with χ̂(−ω) = χ̂(ω)*, as low-pass atoms have."""
     dims = tuple(range(-chi.ndim, 0))
+    if f.numel() == 0:  # FFTs do not take empty batches
+        return f
     if f.is_complex():
         return torch.fft.ifftn(torch.fft.fftn(f, dim=dims) * chi, dim=dims)
     half = chi[..., : chi.shape[-1] // 2 + 1]

@@ -62,6 +62,10 @@ def test_completion_makes_a_bank_tight(grid):
         assert analyze(f, whole).abs().square().sum() == pytest.approx((upper * f.square().sum()).item())
 
 
+def test_an_empty_batch_of_signals():
+    assert analyze(torch.zeros(0, 8), bank((8,))).shape == (0, 3, 8)
+
+
 def test_energy_at_one_frequency():
     filters = bank((8,))
     wave = torch.exp(2j * torch.pi * 3 * torch.arange(8) / 8)

@@ -101,6 +101,8 @@ def analyze(
     Source: as :func:`littlewood_paley`.
     """
     dims = _dims(signal, filters)
+    if signal.numel() == 0:  # FFTs do not take empty batches
+        return (signal.unsqueeze(-len(dims) - 1) * filters).to(signal.dtype.to_complex())
     spectrum = torch.fft.fftn(signal, dim=dims)
     filtered: Tensor = torch.fft.ifftn(spectrum.unsqueeze(-len(dims) - 1) * filters, dim=dims)
     return filtered
