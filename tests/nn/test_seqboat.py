@@ -32,7 +32,7 @@ def sizable(module, factor=10.0):
     """Enlarge the weights, which start so small that attention and router hardly matter, and move what starts at 0."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            if "ssm" in name or "norm" in name or "temperature" in name:
+            if parameter.is_meta or "ssm" in name or "norm" in name or "temperature" in name:
                 continue
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.2)

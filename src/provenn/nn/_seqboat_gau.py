@@ -76,6 +76,7 @@ class GatedAttentionUnit(nn.Module):
         Calling it returns h.
 
     Raises:
+        TypeError: A size is no integer.
         ValueError: A size < 1, an unknown choice, an odd ``zdim`` with ``"rotary"``, ``"local"`` without a window, or
             a sequence longer than ``max_positions``.
         RuntimeError: ``step`` of a bidirectional one.
@@ -150,7 +151,14 @@ class GatedAttentionUnit(nn.Module):
         mask: Bool[Tensor, "batch time"] | None = None,
         slots: Int[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time dim"]:
-        """Attend; see the class."""
+        """Attend.
+
+        Args:
+            x: The elements.
+            positions: Their original positions.
+            mask: Which of them count.
+            slots: The places by which the window is counted.
+        """
         check_features("x", x, self.dim, 3)
         if positions is None:
             self.check_length(x.shape[1])

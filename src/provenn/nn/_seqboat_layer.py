@@ -93,6 +93,7 @@ class SeqBoatLayer(nn.Module):
         Calling it returns y. ``last_activation`` then holds the share of elements, without padding, that attention got.
 
     Raises:
+        TypeError: A size is no integer.
         ValueError: A size < 1, an unknown choice, a sequence longer than ``max_positions`` with ``"simple"``, or x of
             another shape.
         RuntimeError: ``step`` of a bidirectional layer.
@@ -163,7 +164,12 @@ class SeqBoatLayer(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch time dim"], padding_mask: Bool[Tensor, "batch time"] | None = None
     ) -> Float[Tensor, "batch time dim"]:
-        """Return the layer's output; see the class."""
+        """Return the layer's output.
+
+        Args:
+            x: The sequences.
+            padding_mask: True at padding.
+        """
         check_features("x", x, self.d_model, 3)
         if padding_mask is not None and padding_mask.shape != x.shape[:2]:
             raise ValueError(f"padding_mask must be {tuple(x.shape[:2])}, got shape {tuple(padding_mask.shape)}")
@@ -244,6 +250,7 @@ class SeqBoat(nn.Module):
         got.
 
     Raises:
+        TypeError: A size is no integer.
         ValueError: A size < 1, an unknown choice, or what a layer refuses.
         RuntimeError: ``step`` of a bidirectional or pooled model.
 
@@ -285,7 +292,12 @@ class SeqBoat(nn.Module):
     def forward(
         self, x: Float[Tensor, "batch time features"], padding_mask: Bool[Tensor, "batch time"] | None = None
     ) -> Float[Tensor, "batch *rest"]:
-        """Return the outputs; see the class."""
+        """Return the outputs.
+
+        Args:
+            x: The sequences.
+            padding_mask: True at padding.
+        """
         check_features("x", x, self.d_input, 3)
         y = self.encoder(x)
         for layer in self.layers:

@@ -129,6 +129,7 @@ class SparseModularActivation(nn.Module):
         a scalar, or (M,).
 
     Raises:
+        TypeError: A size is no integer.
         ValueError: ``num_modules`` is not the number of modules, ``init_temp_scale`` ≤ 0, or logits are missing or of
             another shape.
 
@@ -192,7 +193,13 @@ class SparseModularActivation(nn.Module):
         logits: Float[Tensor, "batch time two_m"] | None = None,
         padding_mask: Bool[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch time out"]:
-        """Return the modules' weighted outputs; see the class."""
+        """Return the modules' weighted outputs.
+
+        Args:
+            x: The sequences.
+            logits: The router's, where it has no projection of its own (given ones take its place).
+            padding_mask: True at padding.
+        """
         check_features("x", x, self.dim, 3)
         if logits is None and self.router is not None:
             logits = self.router(x)

@@ -135,6 +135,7 @@ class MultiHeadEMA(DiagonalSSM):
         Calling it returns the averages, in the type of x; they are computed in float32 at least.
 
     Raises:
+        TypeError: A size is no integer.
         ValueError: ``dim`` or ``ndim`` < 1, or x of another number of features.
         RuntimeError: ``step`` of a bidirectional one.
 

@@ -130,7 +130,8 @@ def build(arm: str, spoken: bool, dim: int, zdim: int, ndim: int, window: int) -
         init_temp_scale=1.0 if spoken else 0.3,
     )  # fmt: skip
     if arm == SEQBOAT:
-        return model
+        sparse: nn.Module = model
+        return sparse
     chunk = window if arm == CHUNKED else None
     layers = [DenseLayer(dim, zdim, ndim, layer.norm, spoken, chunk, attn) for layer in model.layers]
     return DenseModel(model, layers)
