@@ -395,6 +395,24 @@ def test_evaluation_is_the_papers_algorithm(options):
             np.testing.assert_allclose(out[sample, channel].detach(), expected, atol=1e-9, rtol=1e-9)
 
 
+def test_evaluation_folds_what_leaves_the_cone_as_the_papers_roots_do():
+    """Far from the mean I + V/2 and I + W/2 are indefinite; the roots of their squares are their absolute values."""
+    layer = GBWBatchNorm(3).eval()
+    with torch.no_grad():
+        layer.scale.fill_(4.0)
+        layer.running_mean.copy_(8 * matrices(1, 3, seed=4))
+    X = matrices(4, 1, 3)
+    G, M, s = parts_of(layer, 0)
+    smallest = []
+    for one, found in zip(X[:, 0].numpy(), layer(X)[:, 0].detach(), strict=True):
+        B = layer.running_mean[0].numpy()
+        np.testing.assert_allclose(found, by_the_paper(one, B, 1.0, G, M, s, 1.0), atol=1e-8, rtol=1e-8)
+        V = carried(B, product_root(B, one) + product_root(one, B) - 2 * B, -0.5)
+        first = np.linalg.eigvalsh(np.eye(3) + V / 2)
+        smallest.append((first.min(), (1 + 4 * (np.abs(first) - 1)).min()))  # √(v + ε) is 1 but for 5e-6
+    assert (np.min(smallest, axis=0) < -0.1).all()
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_training_takes_mean_and_variance_of_the_batch_and_records_them(options):
     layer = stirred(GBWBatchNorm(3, channels=2, **options))

@@ -181,8 +181,8 @@ CLAIM = Claim(
     judge=judge,
     deviations=(
         "Simulated covariances of 12 channels stand in for EEG and skeletons: 300 for training, 300 for validation and "
-        "600 for testing, from the same 4 sessions; window of 48 steps; powers of the sources log-uniform below 10, over "
-        "6 decades (median condition number near 1e6) or 1 decade (near 1e2).",
+        "600 for testing, from the same 4 sessions; window of 48 steps; powers of the sources log-uniform below 10, "
+        "over 6 decades (median condition number near 1e6) or 1 decade (near 1e2).",
         "The size of the classes' turns, 0.1 and 0.5, was set so that the network without normalisation is neither at "
         "chance nor perfect on the tuning seed; no other arm was run before.",
         "SPDNet 12 → 8 → 4, batches of 30, momentum 0.9 for Euclidean parameters, no weight decay. GBW is tuned over "
