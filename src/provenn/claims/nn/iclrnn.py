@@ -53,14 +53,14 @@ def run(trial: Trial) -> Iterator[Event]:
     """Train one network on noisy trajectories, measure it, control with it; seed 0 trains without noise as well."""
     budget = trial.budget
     noises = [float(budget["noise"])] + ([0.0] if trial.seed == 0 and not trial.tuning else [])
-    total = int(budget["tuning_epochs" if trial.tuning else "epochs"])
     for place, noise in enumerate(noises):
+        total = int(budget["tuning_epochs" if trial.tuning else "clean_epochs" if place else "epochs"])
         data = _moved(_data(trial, noise), trial.device)
         final = Network(trial.arm, int(budget["hidden"]), trial.seed).to(trial.device)
         best = copy.deepcopy(final)
         prefix = "clean_" if place else ""
         for done, (epoch_loss, validation) in enumerate(_epochs(trial, data, final, best, total), 1):
-            yield Progress(place * total + done, len(noises) * total)
+            yield Progress(done, total)
             if done % max(1, total // 40) == 0:
                 yield Point(prefix + "training loss", done, epoch_loss)
                 yield Point(prefix + "validation mse", done, validation)
@@ -160,10 +160,20 @@ _SMALL = {
     "test": 1600,
     "hidden": 32,
     "batch_size": 64,
-    "epochs": 420,
-    "tuning_epochs": 210,
+    "epochs": 315,
+    "clean_epochs": 160,
+    "tuning_epochs": 84,
 }
-_SMOKE = {**_SMALL, "train": 128, "validation": 64, "test": 64, "hidden": 8, "epochs": 2, "tuning_epochs": 1}
+_SMOKE = {
+    **_SMALL,
+    "train": 128,
+    "validation": 64,
+    "test": 64,
+    "hidden": 8,
+    "epochs": 2,
+    "clean_epochs": 2,
+    "tuning_epochs": 1,
+}
 _FULL = {
     **_SMALL,
     "every": 1,
@@ -173,6 +183,7 @@ _FULL = {
     "hidden": 64,
     "batch_size": 256,
     "epochs": 1000,
+    "clean_epochs": 1000,
     "tuning_epochs": 1000,
 }
 
@@ -222,14 +233,15 @@ CLAIM = Claim(
     judge=judge,
     deviations=(
         "1200 trajectories to train on, 400 to choose by and 1600 to test on, of 12 352; 32 hidden units for 64.",
-        "Every second of the 10 recorded states is kept, in all arms, and batches of 64 for 420 epochs make the 8 000 "
-        "updates that batches of 128 make in 800 epochs: what five networks cost must fit a few minutes.",
-        "Adam's learning rate is 3e-3 or 1e-3, by the validation error at the best epoch of runs of half the length; "
-        "the authors keep 1e-3 and look at no validation error.",
+        "What five networks cost must fit a few minutes: every second of the 10 recorded states is kept, and training "
+        "takes 315 epochs in batches of 64, 6 000 updates in all arms, where 800 epochs in batches of 128 would take "
+        "8 000 and the authors' 1000 epochs in batches of 256 take 26 000.",
+        "Adam's learning rate is 3e-3 or 1e-3, by the validation error at the best epoch of runs of 84 epochs; the "
+        "authors keep 1e-3 and look at no validation error.",
         "RNN, tanh, and LSTM are torch's own with a linear readout, and start as torch draws them.",
         "The constraint holds from the start, not from the first step on.",
         "The empirical gain is taken by the inputs before the expansion, which appends 1 − x, in all arms.",
-        "Noise 0 is run with seed 0 alone, at the learning rate that was chosen for noise 0.9.",
+        "Noise 0 is run with seed 0 alone, for 160 epochs, at the learning rate that was chosen for noise 0.9.",
         "The controller minimises the squares of scaled states and of inputs scaled to [−1, 1]: with ICLRNN's outputs, "
         "which are not negative, that is convex; a set point inside the range would not be.",
     ),
