@@ -27,6 +27,7 @@ def measure() -> dict[str, Any]:
     return {
         "peer": "deel-torchlip's spectral_normalization, clipped before (projection); torch.nn.RNN (layers)",
         "agrees": norms <= AGREEMENT and max(outputs, gradients) <= 1e-10,
+        "largest_difference": max(norms, outputs, gradients),
         "largest_difference_of_norms": norms,
         "largest_difference_of_layers": outputs,
         "largest_difference_of_gradients": gradients,
