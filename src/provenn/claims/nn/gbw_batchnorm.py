@@ -60,7 +60,7 @@ def run(trial: Trial) -> Iterator[Event]:
     sizes = (int(budget["train"]), int(budget["validation"]), int(budget["test"]))
     options = tuple((name, budget[name]) for name in ("decades", "rotation", "jitter", "window"))
     found = _covariances(seed, sizes, options)
-    parts = [tuple(one.to(trial.device) for one in part) for part in (found.train, found.validation, found.test)]
+    held, test = ((x.to(trial.device), y.to(trial.device)) for x, y in (found.validation, found.test))
     with seeded(seed, "weights"):
         norm = norm_of(trial.arm, float(trial.settings.get("theta", 1.0)))
         model = SPDNet((12, 8, 4), 4, norm).to(trial.device)
@@ -80,13 +80,14 @@ def run(trial: Trial) -> Iterator[Event]:
         for epoch in train(model, optimizer, batches, loss, epochs=epochs):
             yield Progress(epoch.index + 1, epochs)
             yield Point("training loss", epoch.step, epoch.loss)
-            yield Point("validation accuracy", epoch.step, accuracy(model, *parts[1]))
-    except (FloatingPointError, torch.linalg.LinAlgError, ValueError):  # the layers refuse NaN by a ValueError
+            yield Point("validation accuracy", epoch.step, accuracy(model, *held))
+    # The layers refuse NaN by a ValueError; where a decomposition meets it first, it fails.
+    except (FloatingPointError, torch.linalg.LinAlgError, ValueError):  # type: ignore[attr-defined, unused-ignore]
         diverged = True
     yield Metric("diverged", float(diverged))
-    yield Metric("validation_accuracy", 0.0 if diverged else accuracy(model, *parts[1]))
+    yield Metric("validation_accuracy", 0.0 if diverged else accuracy(model, *held))
     if not trial.tuning:
-        yield Metric("test_accuracy", 0.0 if diverged else accuracy(model, *parts[2]))
+        yield Metric("test_accuracy", 0.0 if diverged else accuracy(model, *test))
         yield Metric("median_condition_number", torch.linalg.cond(found.train[0]).median().item())
 
 
