@@ -148,3 +148,20 @@ def test_bad_input():
         spd_power(A, float("nan"))
     with pytest.raises(TypeError, match="minimum"):
         clamp_eigenvalues(A, "small")
+
+
+def test_compiled_and_exported_programs_are_the_same_functions():
+    A = spd(SPECTRA["two pairs"]).requires_grad_()
+
+    class Chain(torch.nn.Module):
+        def forward(self, A):
+            return symmetric_exp(0.1 * spd_log(A)) @ spd_power(A, 0.5)
+
+    chain = Chain()
+    results = []
+    for forward in (chain, torch.compile(chain, backend="eager", fullgraph=True)):
+        out = forward(A)
+        results.append((out, *torch.autograd.grad(out.square().sum(), A)))
+    torch.testing.assert_close(results[0], results[1])
+    with torch.no_grad():
+        torch.testing.assert_close(torch.export.export(chain, (A.detach(),)).module()(A), results[0][0])
