@@ -63,11 +63,17 @@ def test_labels_of_tokens_by_geometry():
         assert arrow != circle
         heading = grid[arrow[0], arrow[1], 1:3]
         towards = torch.tensor([circle[0] - arrow[0], circle[1] - arrow[1]]).float()
+        side = heading[0] * towards[1] - heading[1] * towards[0]
         turn = math.acos((heading @ towards / towards.norm()).clamp(-1, 1))
         assert (turn <= math.pi / 8 + 1e-3) if label else (turn >= math.pi / 8 - 1e-3)
-        turns.append(turn)
-    assert min(turns) < 0.05
-    assert max(turns) > 3.0
+        turns.append(turn * side.sign().item())
+    missed = torch.tensor(turns)[labels == 0]
+    assert missed.abs().min() < 0.45
+    assert missed.abs().max() > 3.0
+    assert (missed > 0).double().mean().item() == pytest.approx(0.5, abs=0.06)  # to either side
+    hit = torch.tensor(turns)[labels == 1]
+    assert hit.abs().min() < 0.05
+    assert (hit > 0).double().mean().item() == pytest.approx(0.5, abs=0.06)
 
 
 def test_arms_have_equal_parameters():
