@@ -86,3 +86,91 @@ def test_figures_are_shown_written_and_drawn(tmp_path) -> None:
     assert "MACs a sample" in page
     assert json.loads(plain)["ranking"][0]["runs"][0]["figures"]["parameters"] == 96
     assert draw(rows, "error", False, None, None, "t", FIGURES) != draw(rows, "error", False, None, None, "t")
+
+
+def gathers(layer: torch.nn.Module, width: int) -> torch.Tensor:
+    """By how much the first half of what a sequence layer gives changes where the second half of its inputs does."""
+    x = torch.randn(2, 12, width, generator=torch.Generator().manual_seed(0))
+    other = torch.cat((x[:, :6], x[:, 6:] + 1), 1)
+    outputs = [layer(part) for part in (x, other)]
+    first, second = (one[0] if isinstance(one, tuple) else one for one in outputs)
+    return first[:, :6] - second[:, :6]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["LSSL", "SeqBoatLayer", "PLSTM1d", "ElmanRNN", "PeepholeLSTM", "ICLRNN", "SigmoidAttention", "MultiHeadEMA"],
+)
+def test_sequence_parts_fit_the_sequence_tasks(name: str) -> None:
+    import provenn.nn
+    from provenn.compare.tasks import sequential_digits
+    from provenn.compare.tasks._sequences import sequence_layer
+
+    part = getattr(provenn.nn, name)
+    width = sequential_digits.TASK.fitting_width(part)
+    torch.manual_seed(0)
+    network = sequential_digits.build(part, width).eval()
+    assert network(torch.randn(3, 20, 1)).shape == (3, 10)
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(10_000, rel=0.2)
+    assert gathers(sequence_layer(part, width).eval(), width).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru", "attention"])
+def test_sequence_references_see_the_past_alone_and_attention_its_places(name: str) -> None:
+    from provenn.compare.tasks._sequences import REFERENCES
+
+    torch.manual_seed(0)
+    layer = REFERENCES[name](8).eval()
+    assert gathers(layer, 8).abs().max() < 1e-5
+    x = torch.ones(1, 5, 8)
+    mixed = layer(x)
+    mixed = mixed[0] if isinstance(mixed, tuple) else mixed
+    assert (mixed[:, 1:] - mixed[:, :-1]).abs().max() > 1e-4
+
+
+def test_what_is_cubic_in_the_length_is_left_out_of_the_sequence_tasks() -> None:
+    from provenn.compare.tasks.sequential_digits import build
+    from provenn.nn import KroneckerAttention
+
+    with pytest.raises(ValueError, match="cubic"):
+        build(KroneckerAttention, 8)
+
+
+def test_small_images_are_classified_by_networks_of_one_size() -> None:
+    import provenn.nn
+    from provenn.compare.tasks.small_images import REFERENCES, TASK, build, data
+
+    parts = ("AFKANLayer", "QuadraticLinear", "QuadraticConv2d", "EvoNorm2d", "RBFKANLayer")
+    for part in (*(getattr(provenn.nn, name) for name in parts), *REFERENCES.values()):
+        network = build(part, TASK.fitting_width(part))
+        assert network(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+        assert sum(p.numel() for p in network.parameters()) == pytest.approx(6000, rel=0.2)
+    with pytest.raises(ValueError, match="no dense layer"):
+        build(torch.nn.Dropout, 4)
+    split = data()
+    assert len(split.x_train) == 4000
+    assert not torch.equal(split.x_train[:1000], split.x_train[1000:2000])
+
+
+@pytest.mark.parametrize("name", ["STFT", "MelSpectrogram", "MFCC", "Gammatonegram", "CQT1992v2", "CQT2010v2", "VQT"])
+def test_front_ends_fit_the_task_of_sounds(name: str) -> None:
+    import provenn.nn.audio
+    from provenn.compare.tasks.audio_features import build
+
+    network = build(getattr(provenn.nn.audio, name), 8).eval()
+    assert network(torch.randn(2, 8000)).shape == (2, 10)
+    assert network(torch.zeros(2, 8000)).isfinite().all()
+
+
+def test_forecasts_begin_at_the_last_value() -> None:
+    from provenn.compare.tasks.etth1_forecasting import LastValue, _windows, build
+
+    torch.manual_seed(0)
+    network = build(LastValue, 8).eval()
+    x = torch.randn(2, 96, 7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(network(x + 5), network(x) + 5)
+    series = torch.arange(200.0)[:, None].expand(-1, 7)
+    past, ahead = _windows(series)
+    assert past.shape == (21, 96, 7)
+    assert (ahead[:, 0] - past[:, -1] == 1).all()
+    assert past[1, 0, 0] == 4

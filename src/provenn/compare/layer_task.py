@@ -39,6 +39,7 @@ class LayerTask:
         parameters: Every network gets the width that brings it nearest to so many parameters; ``None``: the width is
             ``width`` for all.
         width: The width without a budget of parameters.
+        step: Widths within a budget are multiples of it.
         loss: ``loss(model, x, y)`` → scalar.
         measure: ``measure(model, x, y)`` → the headline metric.
         metric: Its name.
@@ -55,6 +56,7 @@ class LayerTask:
     batch_size: int
     parameters: int | None = None
     width: int = 32
+    step: int = 4
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = cross_entropy
     measure: Callable[[nn.Module, Tensor, Tensor], float] = accuracy
     metric: str = "accuracy"
@@ -73,7 +75,7 @@ class LayerTask:
         """
         if self.parameters is None:
             return self.width
-        return matching_width(lambda width: count_parameters(self.build(part, width)), self.parameters)
+        return matching_width(lambda width: count_parameters(self.build(part, width)), self.parameters, self.step)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -76,11 +76,11 @@ def sinusoids(x: Float[Tensor, "batch time width"]) -> Float[Tensor, "time width
     return torch.cat(((time * rates).sin(), (time * rates).cos()), 1)[:, : x.shape[2]]
 
 
-class Placed(nn.Module):
-    """A part that does not see the order of steps by itself gets sinusoids added.
+class SelfAttention(nn.Module):
+    """A layer of attention, called with one sequence as query, key and value, and with sinusoids added for the place.
 
     Args:
-        layer: (batch, time, width) → the same, or a tuple that begins so.
+        layer: ``layer(query, key, value)`` → (batch, time, width), or a tuple that begins so.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -89,8 +89,9 @@ class Placed(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch time width"]) -> Float[Tensor, "batch time width"]:
         """Return what each step gathers."""
-        gathered: Any = self.layer(x + sinusoids(x))
-        return gathered
+        x = x + sinusoids(x)
+        gathered: Any = self.layer(x, x, x)
+        return gathered[0] if isinstance(gathered, tuple) else gathered
 
 
 def recurrent(kind: type[nn.RNNBase]) -> Callable[[int], nn.Module]:
@@ -108,11 +109,65 @@ REFERENCES: Mapping[str, Any] = {
     "attention": CausalAttention,
 }
 
-ADAPTERS: dict[str, Adapter] = {}
+
+def _square(part: Any, width: int) -> nn.Module:
+    """Make what takes the widths of its inputs and of its states."""
+    made: nn.Module = part(width, width)
+    return made
+
+
+def _with_outputs(part: Any, width: int) -> nn.Module:
+    made: nn.Module = part(width, width, output_size=width)
+    return made
+
+
+def _bidirectional(part: Any, width: int) -> nn.Module:
+    from provenn.nn import PeepholeLSTM
+
+    made: nn.Module = part(PeepholeLSTM(width, width), PeepholeLSTM(width, width), width)
+    return made
+
+
+def _seqboat(part: Any, width: int) -> nn.Module:
+    made: nn.Module = part(width, zdim=max(4, width // 2), window=16)
+    return made
+
+
+def _sigmoid_attention(part: Any, width: int) -> nn.Module:
+    return SelfAttention(part(width, 4, causal=True))
+
+
+def _subsampled(part: Any, width: int) -> nn.Module:
+    return SelfAttention(part(width, 4))
+
+
+def _cubic(part: Any, width: int) -> nn.Module:
+    raise ValueError("takes time cubic in the length of a sequence")
+
+
+ADAPTERS: Mapping[str, Adapter] = {
+    "SeqBoatLayer": _seqboat,
+    "ElmanRNN": _with_outputs,
+    "JordanRNN": _with_outputs,
+    "PeepholeLSTM": _square,
+    "GRU": _square,
+    "BiRNN": _bidirectional,
+    "ICLRNN": _with_outputs,
+    "ICRNN": _with_outputs,
+    "LipschitzRNN": _with_outputs,
+    "SigmoidAttention": _sigmoid_attention,
+    "SubsampledAttention": _subsampled,
+    "KroneckerAttention": _cubic,
+}
 """How parts that need more than a width are made; another part is called as ``part(width)``."""
 
 
 def sequence_layer(part: Any, width: int) -> nn.Module:
     """Make a part for sequences of a width."""
-    made: nn.Module = ADAPTERS.get(getattr(part, "__name__", ""), lambda part, width: part(width))(part, width)
+    made: nn.Module = ADAPTERS.get(getattr(part, "__name__", ""), _of_width)(part, width)
+    return made
+
+
+def _of_width(part: Any, width: int) -> nn.Module:
+    made: nn.Module = part(width)
     return made
