@@ -371,16 +371,15 @@ def test_vector_is_the_first_that_moved_less_than_the_tolerance():
     source = torch.Generator().manual_seed(4)
     start = torch.rand(2, generator=torch.Generator().manual_seed(4), dtype=torch.float64).numpy()
     u = start / np.linalg.norm(start)
-    for step in range(10):
+    moved, steps = 1.0, 0
+    while moved >= 1e-3:
         new = u * np.array([1.0, 0.36])
         new /= np.linalg.norm(new)
-        moved, u = np.linalg.norm(new - u), new
-        if moved < 1e-3:
-            break
+        moved, u, steps = np.linalg.norm(new - u), new, steps + 1
     sigma = np.linalg.norm(u * np.array([1.0, 0.6]))
     W = torch.diag(torch.tensor([1.0, 0.6], dtype=torch.float64))
     found = nonnegative_spectral_(W, generator=source)
-    assert 2 < step < 9
+    assert 2 < steps < 10
     assert found[0, 0].item() == pytest.approx(1 / (sigma + 1e-3), rel=1e-12)
 
 
@@ -556,6 +555,15 @@ def test_parameters_are_those_of_the_public_code():
 def test_few_arguments_keep_the_width():
     for kind in (ICLRNN, ICRNN, LipschitzRNN):
         assert kind(6)(torch.zeros(2, 5, 6)).shape == (2, 5, 6)
+
+
+@pytest.mark.parametrize("kind", [ICLRNN, ICRNN, LipschitzRNN])
+def test_layers_run_under_autocast(kind):
+    model, x = drawn(lambda: kind(3, 5, output_size=2)).float(), normal(2, 4, 3, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        narrow = model(x)
+    assert narrow.dtype == torch.bfloat16
+    torch.testing.assert_close(narrow.float(), model(x), rtol=0.05, atol=0.05)
 
 
 def test_start_is_small_and_orthogonal_before_the_projection():
