@@ -8,6 +8,7 @@ through ``torch.linalg.eigh`` instead divides by λ_i − λ_j.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, no_type_check
 
 import torch
@@ -92,7 +93,9 @@ def spd_power(A: Float[Tensor, "... n n"], exponent: float) -> Float[Tensor, "..
     Source: as :func:`symmetric_function`.
     """
     check_number("exponent", exponent)
-    return symmetric_function(A, _Power(float(exponent)), _PowerDifference(float(exponent)))
+    return symmetric_function(
+        A, partial(_power, exponent=float(exponent)), partial(_power_difference, exponent=float(exponent))
+    )
 
 
 def spd_log(A: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
@@ -161,7 +164,7 @@ def clamp_eigenvalues(A: Float[Tensor, "... n n"], minimum: float) -> Float[Tens
     Source: as :func:`symmetric_function`.
     """
     check_number("minimum", minimum)
-    return symmetric_function(A, _Clamp(minimum), _ClampDifference(minimum))
+    return symmetric_function(A, partial(_clamp, minimum=minimum), partial(_clamp_difference, minimum=minimum))
 
 
 def lyapunov(P: Float[Tensor, "... n n"], V: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
@@ -218,33 +221,24 @@ def _check_positive(eigenvalues: Tensor) -> None:
         raise ValueError(f"A must be positive definite, got the eigenvalue {eigenvalues.min().item()}")
 
 
-class _Power:
-    def __init__(self, exponent: float) -> None:
-        self.exponent = exponent
-
-    def __call__(self, x: Tensor) -> Tensor:
-        _check_positive(x)
-        powered: Tensor = x**self.exponent
-        return powered
+def _power(x: Tensor, *, exponent: float) -> Tensor:
+    _check_positive(x)
+    powered: Tensor = x**exponent
+    return powered
 
 
-class _PowerDifference:
+def _power_difference(a: Tensor, b: Tensor, *, exponent: float) -> Tensor:
     """(a^p − b^p) / (a − b) = (ab)^{(p−1)/2} sinh(ph) / sinh(h) with h = ½ log(a/b)."""
-
-    def __init__(self, exponent: float) -> None:
-        self.exponent = exponent
-
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        p = self.exponent
-        if p == 0.5:
-            return 1 / (a.sqrt() + b.sqrt())
-        h = 0.5 * (a.log() - b.log())
-        near, wide = h.abs() < 1e-3, h.abs() > 1
-        safe = torch.where(near | wide, torch.ones_like(h), h)
-        series = p * (1 + (p * p - 1) * h * h / 6)
-        close = (a * b) ** ((p - 1) / 2) * torch.where(near, series, torch.sinh(p * safe) / torch.sinh(safe))
-        # Numbers that far apart cancel nothing in the plain quotient.
-        return torch.where(wide, (a**p - b**p) / torch.where(wide, a - b, torch.ones_like(h)), close)
+    p = exponent
+    if p == 0.5:
+        return 1 / (a.sqrt() + b.sqrt())
+    h = 0.5 * (a.log() - b.log())
+    near, wide = h.abs() < 1e-3, h.abs() > 1
+    safe = torch.where(near | wide, torch.ones_like(h), h)
+    series = p * (1 + (p * p - 1) * h * h / 6)
+    close = (a * b) ** ((p - 1) / 2) * torch.where(near, series, torch.sinh(p * safe) / torch.sinh(safe))
+    # Numbers that far apart cancel nothing in the plain quotient.
+    return torch.where(wide, (a**p - b**p) / torch.where(wide, a - b, torch.ones_like(h)), close)
 
 
 def _log(x: Tensor) -> Tensor:
@@ -272,21 +266,13 @@ def _exp_difference(a: Tensor, b: Tensor) -> Tensor:
     return high.exp() * torch.where(near, 1 + 0.5 * gap, torch.expm1(safe) / safe)
 
 
-class _Clamp:
-    def __init__(self, minimum: float) -> None:
-        self.minimum = minimum
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x.clamp(min=self.minimum)
+def _clamp(x: Tensor, *, minimum: float) -> Tensor:
+    return x.clamp(min=minimum)
 
 
-class _ClampDifference:
-    def __init__(self, minimum: float) -> None:
-        self.minimum = minimum
-
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """0 below, 1 above, and across the bend the share of the way that lies above."""
-        high, low = torch.maximum(a, b), torch.minimum(a, b)
-        gap = torch.where(high > low, high - low, torch.ones_like(high))
-        across = (high - self.minimum) / gap
-        return torch.where(low >= self.minimum, torch.ones_like(a), across.clamp(0, 1) * (high > self.minimum))
+def _clamp_difference(a: Tensor, b: Tensor, *, minimum: float) -> Tensor:
+    """0 below, 1 above, and across the bend the share of the way that lies above."""
+    high, low = torch.maximum(a, b), torch.minimum(a, b)
+    gap = torch.where(high > low, high - low, torch.ones_like(high))
+    across = (high - minimum) / gap
+    return torch.where(low >= minimum, torch.ones_like(a), across.clamp(0, 1) * (high > minimum))
