@@ -54,8 +54,8 @@ class Attention(nn.Module):
         """Return (batch, X, Y, dim)."""
         split = self.into(x.flatten(1, 2)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         heard = F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
-        projected: Tensor = self.out(heard)
-        return projected.unflatten(1, x.shape[1:3])
+        projected: Tensor = self.out(heard).unflatten(1, x.shape[1:3])
+        return projected
 
 
 class VisionTransformer(nn.Module):
