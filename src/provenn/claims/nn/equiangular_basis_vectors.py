@@ -86,9 +86,12 @@ def network(channels: int, widths: list[int], arm: str, classes: int) -> nn.Sequ
 def _head(arm: str, features: int, classes: int) -> nn.Module:
     if arm == FC:
         return nn.Linear(features, classes)
+    made: nn.Module
     if arm == COSINE:
-        return CosineHead(features, classes)
-    return EBVHead(features, classes, classes if arm == EBV else max(2, classes // 4))
+        made = CosineHead(features, classes)
+    else:
+        made = EBVHead(features, classes, classes if arm == EBV else max(2, classes // 4))
+    return made
 
 
 @cache

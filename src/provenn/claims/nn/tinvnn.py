@@ -33,6 +33,7 @@ from provenn.nn import InvariantMDS, PointNetBackbone, TinvWrapper, TSPAttention
 
 RAW, AUGMENTED, TINV = "raw", "raw, turned in training", "TinvNN"
 SHAPES, TOURS = "shapes", "tours"
+POSES = ("canonical", "turned", "moved")
 MARKS = 10
 
 
@@ -116,8 +117,7 @@ def judge(evidence: Evidence) -> Verdict:
     if invariant and gains:
         outcome = "reproduced" if over_augmentation.estimate >= -0.02 - 1e-9 else "partly"
     accuracies = "; ".join(
-        f"{arm} {100 * mean(arm, 'canonical accuracy'):.1f} %, turned {100 * mean(arm, 'turned accuracy'):.1f} %, moved "
-        f"{100 * mean(arm, 'moved accuracy'):.1f} %"
+        f"{arm} " + ", ".join(f"{pose} {100 * mean(arm, pose + ' accuracy'):.1f} %" for pose in POSES)
         for arm in (TINV, AUGMENTED, RAW)
     )
     gaps = "; ".join(
