@@ -178,10 +178,10 @@ CLAIM = Claim(
     deviations=(
         "Grids of tokens (arrow with its direction, circle, noise) stand in for images of 192 × 192 pixels, two blocks "
         "of 24 features for the paper's models, and fresh samples for a set of 100 000 images.",
-        "The small tier trains at 4 × 4 and tests at 8 × 8, where the full tier has 8 × 8 and 16 × 16: at 8 × 8 a single "
-        "run of pLSTM takes minutes before it is above chance.",
-        "Runs of the small tier are set to equal time, about 20 s of an idle core: the ViTs take five times the steps of "
-        "pLSTM. Trials of step sizes take half the steps.",
+        "The small tier trains at 4 × 4 and tests at 8 × 8, where the full tier has 8 × 8 and 16 × 16: at 8 × 8 a "
+        "single run of pLSTM takes minutes before it is above chance.",
+        "Runs of the small tier are set to equal time, about 20 s of an idle core: the ViTs take five times the steps "
+        "of pLSTM. Trials of step sizes take half the steps.",
         "The ViTs' head sees the mean of the cells, pLSTM's the corners; MLPs are as wide as brings all arms within "
         "10 % of each other's parameters. Position embeddings start at unit variance.",
     ),
