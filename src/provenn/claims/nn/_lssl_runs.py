@@ -196,7 +196,7 @@ def run_speed(trial: Trial) -> Iterator[Event]:
     for done, length in enumerate(lengths, 1):
         u = torch.randn(batch, length, width, generator=generator(trial.seed, "inputs", length)).to(trial.device)
         with torch.no_grad():
-            taken = 1e3 * median_seconds(partial(_view, trial.arm, system, u), rounds=7, warmup=1)
+            taken = 1e3 * median_seconds(partial(_view, trial.arm, system, u), rounds=5, warmup=1)
         yield Point("milliseconds", length, taken)
         yield Progress(done, len(lengths))
     yield Metric("milliseconds at the longest", taken)

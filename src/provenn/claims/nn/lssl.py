@@ -133,7 +133,7 @@ CLAIM = Claim(
                 "small": Tier(
                     3,
                     {**_MODEL, "data": "fsdd", "train": 2000, "held": 300, "test": 300}
-                    | {"length": 1000, "down": 4, "epochs": 3},
+                    | {"width": 16, "batch_size": 10, "length": 1000, "down": 4, "epochs": 6},
                 ),
                 "full": Tier(
                     3,
@@ -166,7 +166,11 @@ CLAIM = Claim(
         "Two layers of 32 features and order 32 in place of six of 256, on 4000 images of 14×14 and on spoken digits "
         "of half a second at 2 kHz; all models average over time before the head.",
         "Adam on gradients clipped at 1, with a cosine; A and B at a step size of 1e-4 and Δ at 1e-3, as in the paper.",
-        "Batches of 25 and three epochs, for all arms; step sizes are picked on one epoch.",
+        "Pixels: batches of 25 and three epochs for all arms; step sizes are picked on one epoch.",
+        "Audio: 16 features, batches of 10, six epochs, the step size picked on two. A first run, of 32 features and "
+        "three epochs in batches of 25, left the model near chance (18.9 % at the full rate, 16.1 % and 13.0 % at half "
+        "of it), where no loss could show; the steps were then chosen by the validation accuracy at the full rate of a "
+        "seed of its own.",
         "At half the rate every second sample is left out, without a filter.",
         "Speed: without gradients, 8 sequences of 32 features, order 32; both views start from the parameters (the "
         "kernel or Ā is not kept), and the recurrence runs in float32.",
