@@ -26,6 +26,14 @@ class Layer(nn.Module):
         return x * self.weight.mean()
 
 
+class Bounded(Layer):
+    """Holds its numbers at 1.5 or less, by projection after every step."""
+
+    def project_(self) -> None:
+        with torch.no_grad():
+            self.weight.clamp_(max=1.5)
+
+
 class Wide(Layer):
     """Width × (width + 3) trained numbers."""
 

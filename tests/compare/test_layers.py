@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from compare.planted_layers import TASK, Huge, Layer, Refuses, Wide
+from compare.planted_layers import TASK, Bounded, Huge, Layer, Refuses, Wide
 
 from provenn.claims.workers import Inline
 from provenn.compare.kinds.nn import unfit
@@ -64,6 +64,19 @@ def test_a_run_trains_scores_and_weighs() -> None:
     assert all(score > 1000 for _, score in layer.tried)
     # A seed decides the order, not the part: both have one factor, moved alike by Adam.
     assert layer.runs[0].score != layer.runs[1].score
+
+
+def test_a_layer_with_constraints_is_projected_after_every_step() -> None:
+    from provenn.compare.kinds.nn import run
+
+    setup = TASK.setup(1, "cpu", tuning=False)
+    factors = {}
+    for part in (Layer, Bounded):
+        score = next(event.value for event in run(setup, part, {"lr": 0.2}) if getattr(event, "name", "") == "score")
+        # The error is (factor − 2)² times the mean square of the inputs.
+        factors[part] = 2 - (score / setup.split.x_test.square().mean().item()) ** 0.5
+    assert factors[Bounded] == pytest.approx(1.5)
+    assert factors[Layer] > 1.6
 
 
 def test_what_does_not_fit_says_why() -> None:

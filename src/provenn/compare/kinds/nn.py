@@ -6,14 +6,16 @@ What a part is to a task — a layer of sequences, a layer of images, a front en
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from provenn.claims.claim import Event, Metric, Point, Progress, Settings
 from provenn.compare.kind import Kind
 from provenn.compare.layer_task import FIGURES, LayerSetup, LayerTask
-from provenn.core.experiment.training import train
+from provenn.core.experiment.training import Batch, Update, train
 
 DEFAULT_RATE = 1e-3
 
@@ -26,12 +28,31 @@ def run(setup: LayerSetup, part: Any, settings: Settings) -> Iterator[Event]:
         yield Metric(name, value)
     optimizer = torch.optim.Adam(model.parameters(), lr=float(settings.get("lr", DEFAULT_RATE)))
     steps = 0
-    for epoch in train(model, optimizer, setup.batches, task.loss, epochs=task.epochs):
+    update = _projecting(model, optimizer, task)
+    for epoch in train(model, optimizer, setup.batches, task.loss, epochs=task.epochs, update=update):
         steps = epoch.step
         yield Progress(epoch.index + 1, task.epochs)
         yield Point("training loss", epoch.step, epoch.loss)
     yield Metric("steps", steps)
     yield Metric("score", setup.measure(model))
+
+
+def _projecting(model: nn.Module, optimizer: torch.optim.Optimizer, task: LayerTask) -> Update | None:
+    """Return a step that keeps the constraints of layers with a ``project_`` method; ``None`` if there are none."""
+    constrained = [module for module in model.modules() if callable(getattr(module, "project_", None))]
+    return partial(_step, model, optimizer, task, constrained) if constrained else None
+
+
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, task: LayerTask, constrained: list[Any], batch: Batch
+) -> Tensor:
+    optimizer.zero_grad()
+    loss = task.loss(model, *batch)
+    loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+    optimizer.step()
+    for module in constrained:
+        module.project_()
+    return loss.detach()
 
 
 def unfit(task: LayerTask, part: Any) -> str | None:
