@@ -18,17 +18,12 @@ class KrylovFactors(NamedTuple):
     """What the kernel needs of a system beside C.
 
     Args:
-        columns: (B̄, ĀB̄, …, Ā^{s−1}B̄), (features, N, s).
+        columns: (B̄, ĀB̄, …, Ā^{s−1}B̄), (features, N, s); s is a power of 2 unless it is the whole length.
         powers: Ā, Ā², Ā⁴, …, each (features, N, N).
     """
 
     columns: Tensor
     powers: tuple[Tensor, ...]
-
-    @property
-    def block(self) -> int:
-        """s, a power of 2 unless it is the whole length."""
-        return self.columns.shape[-1]
 
 
 def factorize(
@@ -58,7 +53,7 @@ def convolution_kernel(
     factors: KrylovFactors, C: Float[Tensor, "features channels n"], length: int
 ) -> Float[Tensor, "features channels length"]:
     """Return (C B̄, C Ā B̄, …, C Ā^{L−1} B̄)."""
-    block = factors.block
+    block = factors.columns.shape[-1]
     rows = _repeated(C[:, None], factors.powers, block, -(-length // block))
     kernel = rows.flatten(1, 2) @ factors.columns
     return kernel.unflatten(1, rows.shape[1:3]).transpose(1, 2).flatten(2)[..., :length]
@@ -84,7 +79,7 @@ def free_response(
     length: int,
 ) -> Float[Tensor, "batch features channels length"]:
     """Return C Ā^{t+1} x_0 for t = 0 … L − 1, from rows C Ā^{i+1} of one block and states Ā^{js} x_0."""
-    block = factors.block
+    block = factors.columns.shape[-1]
     near = _repeated((C @ factors.powers[0])[:, None], factors.powers, 1, block)
     # x_0 as rows: x_0ᵀ(Gᵀ)^j.
     turned = tuple(power.mT for power in factors.powers)
@@ -97,7 +92,7 @@ def final_state(
     factors: KrylovFactors, u: Float[Tensor, "batch features length"], state: Float[Tensor, "batch features n"]
 ) -> Float[Tensor, "batch features n"]:
     """Return x_L = Ā^L x_0 + Σ Ā^{L−1−t} B̄ u_t: a product a block of inputs, and one of Ā^s from block to block."""
-    length, block = u.shape[-1], factors.block
+    length, block = u.shape[-1], factors.columns.shape[-1]
     blocks = -(-length // block)
     padded = torch.nn.functional.pad(u, (blocks * block - length, 0)).unflatten(-1, (blocks, block))
     parts = torch.einsum("bhji,hni->jhbn", padded.flip(-1), factors.columns)
