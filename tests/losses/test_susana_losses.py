@@ -316,12 +316,12 @@ def test_perfect_clusters_score_one() -> None:
 
 
 def test_all_on_one_point_have_no_separation() -> None:
+    # A billionth apart, so that no neighbours are tied: λ_same = 0 and λ_diff = 1, and the score is (½ + γ)/2.
     y = torch.arange(12) % 2
-    x = torch.zeros(12, D, dtype=torch.float64)
-    # The nearest references are ties: whatever is chosen, λ_same = 0 and λ_diff = 1 where both classes are among them.
-    share = 4 * icnn_score(x, y, k=9, ipc=10).item() - 1  # = 2γ, as (½ + γ)/2 is the score; k = 9 fits in 12
-    assert share / 2 == pytest.approx(round(share / 2 * 108) / 108, abs=1e-9)
-    assert 0 < share / 2 < 1
+    x = 1e-9 * normal(12, D)
+    near = distance_order(x)[:, :9]
+    gamma = (y[near] == y[:, None]).double().mean().item()
+    assert icnn_score(x, y, k=9, ipc=10).item() == pytest.approx((0.5 + gamma) / 2, abs=1e-6)
 
 
 def test_random_labels_share_neighbours_by_chance() -> None:
