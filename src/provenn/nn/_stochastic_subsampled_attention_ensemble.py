@@ -196,4 +196,5 @@ def _correlation(right: Tensor) -> float:
         return math.nan
     unit = centred / centred.norm(dim=1, keepdim=True)
     count = len(unit)
-    return ((unit.sum(dim=0).square().sum().item() - count) / (count * (count - 1))) if count > 1 else math.nan
+    total = unit.sum(dim=0).square().sum().item()  # of all pairs, each one twice, and every one with itself
+    return (total - count) / (count * (count - 1))

@@ -205,6 +205,7 @@ def judge(evidence: Evidence) -> Verdict:
 
 
 _TEXT: dict[str, Scalar] = {"data": "tinyshakespeare", "train": 30_000, "length": 128, "sparsity": 4, "members": 16}
+_TINY: dict[str, Scalar] = {"data": "descriptions", "train": 2000, "length": 16, "sparsity": 4, "members": 4, "dim": 16}
 _MODEL: dict[str, Scalar] = {"dim": 48, "depth": 2, "heads": 4, "batch_size": 8}
 
 CLAIM = Claim(
@@ -237,11 +238,7 @@ CLAIM = Claim(
         STUDY: Study(
             arms=(*METHODS, *BASELINES),
             tiers={
-                "smoke": Tier(
-                    1,
-                    {"data": "descriptions", "train": 2000, "length": 16, "sparsity": 4, "members": 4, "dim": 16}
-                    | {"depth": 1, "heads": 2, "batch_size": 4, "steps": 20, "windows": 8},
-                ),
+                "smoke": Tier(1, {**_TINY, "depth": 1, "heads": 2, "batch_size": 4, "steps": 20, "windows": 8}),
                 "small": Tier(3, {**_TEXT, **_MODEL, "steps": 350, "windows": 64}),
                 "full": Tier(
                     3,
