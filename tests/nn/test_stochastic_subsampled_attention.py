@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from provenn.contracts import BadInput, FunctionCase, ModuleCase, ProbeCase, Symmetry, TrainerCase
+from provenn.contracts.watch import plain_signatures
 from provenn.core.experiment.accounting import TensorMemory, multiply_accumulates
 from provenn.core.experiment.seeding import derive_seed, seeded
 from provenn.nn import SubEnsemble, SubsampledAttention, SubsampledTraining, convert_to_ssa, pathway_probe
@@ -713,6 +714,19 @@ def test_memory_falls_nearly_by_s(sparsity, least):
             module.attend(q, k, v, None, True, False)[0].sum().backward()
         peaks.append(memory.peak)
     assert least < peaks[0] / peaks[1] < sparsity * 1.3
+
+
+def test_it_compiles_in_training_and_draws_anew():
+    module, x = SubsampledAttention(8, 2, 3, "local", causal=True), normal(2, 12, 8).float()
+    torch.compiler.reset()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    with plain_signatures():
+        outputs = []
+        for seed, forward in ((0, module), (0, compiled), (1, compiled)):
+            with seeded(seed):
+                outputs.append(forward(x, x, x, need_weights=False)[0])
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert not torch.allclose(outputs[1], outputs[2])
 
 
 def test_it_works_under_autocast():
