@@ -262,6 +262,10 @@ CLAIM = Claim(
         "3.1 at most (3.0 with the own sources), whatever the results; so the rule's first half can be met only by "
         "SSA that samples to the end, which is trained beside the fine-tuned one from the same first nine tenths.",
         "The rate is picked on the validation stretch, and figures are taken on the test stretch of the text.",
-        "The rate falls as a cosine to 0 over all steps, so that it is low in the dense steps, in all arms.",
+        "The rate falls as a cosine to 0 over all steps in all arms; in the dense steps it is 0.8 % of its peak on "
+        "average, which hardly changes the weights.",
+        "So short a training leaves every arm at what pairs of characters predict (3.88 bits), where attention does "
+        "little and no arm overfits: parity here says little of longer training. In a trial outside of the record "
+        "(900 steps of 12 windows, one seed, rate 3e-3) dense reached 3.77 bits, SSA-local 3.86, SSA-unbiased 3.87.",
     ),
 )
