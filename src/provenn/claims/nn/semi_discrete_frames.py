@@ -244,7 +244,7 @@ CLAIM = Claim(
             for arm in NETWORKS[1:]
         ),
         *(
-            Comparison(DEFORMATION, "slope, cartoon", arm, STUDIES[DEFORMATION][0], "slope, cartoon", maximize=False)
+            Comparison(DEFORMATION, "slope, cartoon", STUDIES[DEFORMATION][0], arm, "slope, cartoon", maximize=False)
             for arm in STUDIES[DEFORMATION][1:]
         ),
         *(
