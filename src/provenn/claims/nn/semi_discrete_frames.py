@@ -239,7 +239,7 @@ CLAIM = Claim(
     comparisons=(
         *(
             Comparison(
-                TRANSLATION, "largest share of the bound", arm, NETWORKS[0], "share of the bound", maximize=False
+                TRANSLATION, "largest share of the bound", NETWORKS[0], arm, "share of the bound", maximize=False
             )
             for arm in NETWORKS[1:]
         ),
