@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from provenn.catalog.card import card, cards
-from provenn.catalog.tree import built, built_slugs, holds, module_path, public_names
+from provenn.catalog.tree import binds, built, built_slugs, holds, module_path, public_names
 
 Write = Callable[[str, str], Path]
 
@@ -57,6 +57,25 @@ def test_names_agree_with_an_import():
 def test_a_missing_module_offers_nothing(fake: Write):
     assert module_path("provenn.optim.made_up") is None
     assert public_names("provenn.optim.made_up") == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("text", "bound"),
+    [
+        ("CLAIM = Claim(\n)\n", True),
+        ("CLAIM: Claim = make()\n", True),
+        ("try:\n    CLAIM = 1\nexcept ValueError:\n    pass\n", True),
+        ("CLAIM: Claim\n", False),
+        ("CLAIMS = make()\n", False),
+        ("def make():\n    CLAIM = build()\n", False),
+        ("CLAIM == make()\n", False),
+    ],
+)
+def test_what_a_module_binds(fake: Write, text: str, bound: bool):
+    assert not binds("provenn.optim.made_up", "CLAIM")
+    fake("optim/made_up.py", text)
+    public_names.cache_clear()
+    assert binds("provenn.optim.made_up", "CLAIM") is bound
 
 
 def test_a_package_counts_as_a_module(fake: Write):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -61,6 +62,21 @@ def _top_level(body: Iterable[ast.AST]) -> Iterator[ast.AST]:
                 yield from _top_level(getattr(statement, block, []))
 
 
+def binds(dotted: str, name: str) -> bool:
+    """Whether a module assigns a name at its top level, or offers it in another way.
+
+    The plain assignment is found in the text, since parsing the claims of all papers would take longer than all else.
+
+    Raises:
+        ValueError: As :func:`public_names`.
+    """
+    path = module_path(dotted)
+    if path is None:
+        return False
+    assigned = re.search(rf"^{re.escape(name)}(: \w+)? = \w+\(", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return assigned is not None or name in public_names(dotted)
+
+
 def holds(card: Card, name: str) -> bool:
     """Whether the paper's module holds the part of this public name, and its namespace can be imported."""
     namespace, _, attribute = name.rpartition(".")
@@ -69,7 +85,7 @@ def holds(card: Card, name: str) -> bool:
 
 def built(card: Card) -> bool:
     """Whether every part of the card and its claim are in the tree."""
-    return all(holds(card, part.name) for part in card.parts) and "CLAIM" in public_names(card.claim_module)
+    return all(holds(card, part.name) for part in card.parts) and binds(card.claim_module, "CLAIM")
 
 
 def built_slugs() -> frozenset[str]:
