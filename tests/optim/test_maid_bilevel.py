@@ -1133,4 +1133,5 @@ def test_exact_value_by_newtons_method():
     exact = problem.upper(solved(problem, problem.theta0)).item()
     assert tasks.exact_value(problem, problem.theta0, problem.x0) == pytest.approx(exact, abs=1e-5)
     quadratic = small_quadratic(noise=1.0)
-    assert tasks.exact_value(quadratic, quadratic.theta0, quadratic.x0) == quadratic.value(quadratic.theta0)
+    expected = quadratic.value(quadratic.theta0)
+    assert tasks.exact_value(quadratic, quadratic.theta0, quadratic.x0) == pytest.approx(expected, rel=1e-12)
