@@ -6,7 +6,7 @@ Loads no torch.
 from provenn.data.archives import CorruptDataError
 from provenn.data.bundles import AudioBundle, Bundle, GraphBundle, ImageBundle, SeriesBundle, TableBundle, TextBundle
 from provenn.data.download import DataUnavailableError
-from provenn.data.loading import UnknownDataError, data_folder, load, names
+from provenn.data.loading import UnknownDataError, data_folder, load, local_archive, names
 
 __all__ = [
     "AudioBundle",
@@ -21,5 +21,6 @@ __all__ = [
     "UnknownDataError",
     "data_folder",
     "load",
+    "local_archive",
     "names",
 ]

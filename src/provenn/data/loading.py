@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 
@@ -20,6 +21,7 @@ GraphName = Literal["cora", "citeseer"]
 TextName = Literal["tinyshakespeare"]
 AudioName = Literal["fsdd"]
 SeriesName = Literal["etth1"]
+Built = TypeVar("Built")
 TableName = Literal["digits", "iris", "wine", "breast_cancer", "diabetes", "linnerud"]
 
 _BUILDERS: dict[str, Any] = {
@@ -94,16 +96,40 @@ def load(name: str, root: Root = None) -> Bundle:
         return _bundled(name)
     if name not in _BUILDERS:
         raise UnknownDataError(unknown_name_message("data set", name, names()))
+    if name in _HOLDS:
+        return local_archive(name, _HOLDS[name], _BUILDERS[name], root)
     path = data_folder(root) / f"{name}.npz"
     if not path.exists():
-        if name in _HOLDS:
-            raise DataUnavailableError(
-                f"data set {name!r} needs the file {path.name} in the folder {path.parent}, and has no address to be "
-                f"fetched from; it holds {_HOLDS[name]}. PROVENN_DATA names another folder"
-            )
         fetch(name, SOURCES[name], path)
     bundle: Bundle = read_archive(path, name, _BUILDERS[name])
     return bundle
+
+
+def local_archive(
+    name: str, holds: str, build: Callable[[str, Mapping[str, np.ndarray]], Built], root: Root = None
+) -> Built:
+    """Read an archive that has no address to be fetched from, and must lie in the data folder.
+
+    Args:
+        name: The set's name; the file is ``name.npz``.
+        holds: What to put into it, in words, for who has none.
+        build: ``build(name, archive)`` makes of its arrays what is wanted, and raises where they do not fit.
+        root: Folder of the archives, as for :func:`load`.
+
+    Returns:
+        What ``build`` returned.
+
+    Raises:
+        DataUnavailableError: It is not there.
+        CorruptDataError: It is damaged, or ``build`` could not use it.
+    """
+    path = data_folder(root) / f"{name}.npz"
+    if not path.exists():
+        raise DataUnavailableError(
+            f"data set {name!r} needs the file {path.name} in the folder {path.parent}, and has no address to be "
+            f"fetched from; it holds {holds}. PROVENN_DATA names another folder"
+        )
+    return read_archive(path, name, build)
 
 
 def _bundled(name: str) -> TableBundle:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from provenn.core.experiment.seeding import generator
-from provenn.data import DataUnavailableError, data_folder
-from provenn.data.archives import read_archive
+from provenn.data import local_archive
 from provenn.losses import embedding_layer, random_mirror, scale_pixels
 
 HEIGHT, WIDTH, SHIFT = 28, 23, 2
@@ -45,13 +44,8 @@ def load_faces(name: str, people: int, device: str) -> Faces:
     if name == "simulated":
         images, who = _simulated(people)
     else:
-        path = data_folder() / f"{name}.npz"
-        if not path.exists():
-            raise DataUnavailableError(
-                f"{name}: there is no {path.name} in {path.parent}, and it has no source to fetch it from; it holds x "
-                f"(400, 28, 23), bytes, and y (400,), the people of the ORL faces; point PROVENN_DATA at its folder"
-            )
-        pixels, labels = read_archive(path, name, _orl)
+        holds = "x (400, 28, 23), bytes, and y (400,), the people of the ORL faces"
+        pixels, labels = local_archive(name, holds, _orl)
         images, who = scale_pixels(torch.from_numpy(pixels)[:, None]), torch.from_numpy(labels)
     return Faces(images.to(device), who.to(device))
 

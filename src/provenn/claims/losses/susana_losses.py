@@ -30,8 +30,7 @@ from provenn.claims.claim import (
 )
 from provenn.core.experiment.seeding import derive_seed, seeded
 from provenn.core.experiment.training import predict
-from provenn.data import DataUnavailableError, data_folder
-from provenn.data.archives import read_archive
+from provenn.data import local_archive
 from provenn.losses import EpisodeLoss, ProtoNetTrainer, conv4
 
 CROSS, TRIPLET, QUERY = "cross-entropy", "proto-triplet", "cross-entropy + query ICNN"
@@ -96,13 +95,8 @@ def images(name: str) -> Data:
         pixels, classes = load_digits(return_X_y=True)
         x = torch.nn.functional.interpolate(torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16, scale_factor=2)
         return _split(x, torch.from_numpy(classes).long(), torch.from_numpy(classes < 5))
-    path = data_folder() / f"{name}.npz"
-    if not path.exists():
-        raise DataUnavailableError(
-            f"{name}: there is no {path.name} in {path.parent}, and it has no source to fetch it from; it holds x "
-            "(4840, 28, 28), bytes, y (4840,), characters, and alphabet (4840,); point PROVENN_DATA at its folder"
-        )
-    pixels, classes, alphabets = read_archive(path, name, _characters)
+    holds = "x (4840, 28, 28), bytes, y (4840,), characters of Omniglot, and alphabet (4840,)"
+    pixels, classes, alphabets = local_archive(name, holds, _characters)
     kept = np.isin(alphabets, np.unique(alphabets)[:TRAINING_ALPHABETS])
     x = torch.from_numpy(pixels).float().unsqueeze(1)
     return _split(x / x.max(), torch.from_numpy(classes), torch.from_numpy(kept))

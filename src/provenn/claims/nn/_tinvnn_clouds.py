@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from provenn.core.experiment.seeding import generator
-from provenn.data import DataUnavailableError, data_folder
-from provenn.data.archives import read_archive
+from provenn.data import local_archive
 from provenn.nn._tinvnn_probe import random_rotations
 
 POINTS = 128
@@ -70,13 +69,11 @@ SURFACES: Mapping[str, Callable[[int, torch.Generator], Tensor]] = {
 
 @cache
 def _mesh(name: str) -> tuple[Tensor, Tensor]:
-    path = data_folder() / f"{name}.npz"
-    if not path.exists():
-        raise DataUnavailableError(
-            f"{name}: there is no {path.name} in {path.parent}, and it has no source to fetch it from; it holds "
-            "vertices (n, 3) and faces (m, 3) of a triangle mesh; point PROVENN_DATA at its folder"
-        )
-    vertices, faces = read_archive(path, name, lambda _, held: (held["vertices"], held["faces"].astype(np.int64)))
+    vertices, faces = local_archive(
+        name,
+        "vertices (n, 3) and faces (m, 3) of a triangle mesh",
+        lambda _, held: (held["vertices"], held["faces"].astype(np.int64)),
+    )
     return torch.from_numpy(vertices).double(), torch.from_numpy(faces)
 
 

@@ -30,8 +30,7 @@ from provenn.claims.claim import (
 )
 from provenn.core.experiment.seeding import generator, seeded
 from provenn.core.experiment.training import accuracy, minibatches, train
-from provenn.data import DataUnavailableError, data_folder, load
-from provenn.data.archives import read_archive
+from provenn.data import load, local_archive
 from provenn.nn import CosineHead, EBVHead
 
 FC, COSINE, EBV, SHORT = "linear", "cosine", "EBV, d = N", "EBV, d = N/4"
@@ -119,13 +118,11 @@ def images(name: str, count: int) -> Split:
 
 def _characters(name: str, count: int, draws: torch.Generator) -> Split:
     """Return the first ``count`` characters, 12 images of each to train on and 8 to test."""
-    path = data_folder() / f"{name}.npz"
-    if not path.exists():
-        raise DataUnavailableError(
-            f"{name}: there is no {path.name} in {path.parent}, and it has no source to fetch it from; it holds x "
-            "(4840, 28, 28), bytes, and y (4840,), 242 characters; point PROVENN_DATA at its folder"
-        )
-    pixels, labels = read_archive(path, name, lambda _, archive: (archive["x"], archive["y"].astype(np.int64)))
+    pixels, labels = local_archive(
+        name,
+        "x (4840, 28, 28), bytes, and y (4840,), 242 characters of Omniglot",
+        lambda _, archive: (archive["x"], archive["y"].astype(np.int64)),
+    )
     x = torch.from_numpy(pixels).float().unsqueeze(1)
     x, y = x / x.max(), torch.from_numpy(labels)
     train_rows, test_rows = [], []
