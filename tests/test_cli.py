@@ -40,28 +40,38 @@ def rows(*words: str) -> list[list[str]]:
     return [line.split("\t") for line in done.stdout.splitlines()]
 
 
-def cpu_seconds(words: list[str]) -> float:
-    """User and system time of the whole process."""
+BARE = """
+import typer
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+@app.command()
+def echo(word: str = "bare"): typer.echo(word)
+app()
+"""
+
+
+def cpu_seconds(*words: str) -> float:
+    """User and system time of a whole Python process."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", "provenn", *words], capture_output=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, *words], capture_output=True, timeout=60, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-# The half second is the catalogue's promise, so it is the one absolute time in these tests; the best of three runs is
-# taken because a busy machine only adds to CPU time (caches, page faults).
+# The catalogue promises half a second on an idle machine, where a command line of typer that does nothing takes a
+# sixth of one. A busy machine stretches both, so the promise is held to three of the bare ones, taken by turns.
 @pytest.mark.parametrize("words", CATALOGUE, ids=" ".join)
 def test_half_a_second_on_a_cold_cache(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def cold(run: int) -> float:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cold-{run}"))
-        return cpu_seconds(words)
+        return cpu_seconds("-m", "provenn", *words)
 
-    assert min(map(cold, range(3))) < 0.5
+    pairs = [(cold(run), cpu_seconds("-c", BARE)) for run in range(3)]
+    assert min(command for command, _ in pairs) < 3 * min(bare for _, bare in pairs)
 
 
 def test_the_cache_is_kept_where_the_platform_says(tmp_path: Path):
-    cpu_seconds(["search", "attention"])
+    cpu_seconds("-m", "provenn", "search", "attention")
     kept = [path.name.rpartition("-")[0] for path in (tmp_path / "cache" / "provenn" / "catalog").iterdir()]
     assert sorted(kept) == ["cards", "search"]
 

@@ -39,7 +39,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
     monkeypatch.setattr(compiled_module, "cache_folder", lambda: tmp_path / "cache")
 
     def forget() -> None:
-        for kept in (tree_module.public_names, card_module.card, card_module._every_card):
+        for kept in (tree_module.public_names, tree_module._plainly_public, card_module.card, card_module._every_card):
             kept.cache_clear()
 
     def write(place: str, text: str) -> Path:
