@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from jaxtyping import Float
@@ -45,7 +46,7 @@ def check_inputs(x: Tensor, features: int) -> None:
         raise ValueError(f"x must be (batch, {features}), got {tuple(x.shape)}")
 
 
-class BasisLayer(nn.Module):
+class BasisLayer(nn.Module, ABC):
     """A Kolmogorov–Arnold layer y = W vec(basis(norm(x))) + b, with a base term W₀ silu(norm(x)) if asked for.
 
     Args:
@@ -94,13 +95,13 @@ class BasisLayer(nn.Module):
     def _weight(self) -> Tensor:
         return self.weight
 
+    @abstractmethod
     def basis(self, x: Float[Tensor, "batch features"]) -> Float[Tensor, "batch features functions"]:
         """Return every basis function at every (normalised) input.
 
         Args:
             x: Inputs, after the norm.
         """
-        raise NotImplementedError
 
 
 class ReLUKANLayer(BasisLayer):
