@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 
 import torch
 from jaxtyping import Float, Shaped
@@ -20,7 +21,7 @@ from provenn.losses._anyloss_inputs import aligned, check_probabilities
 FLOAT32_SLOPE = 33.0
 
 
-class _MetricLoss(nn.Module):
+class _MetricLoss(nn.Module, ABC):
     """One minus a metric of a confusion matrix that the subclass counts."""
 
     def __init__(
@@ -52,9 +53,9 @@ class _MetricLoss(nn.Module):
         self.empty = empty
         self.average = average
 
+    @abstractmethod
     def labels(self, p: Tensor) -> tuple[Tensor, Tensor]:
         """Return the soft labels of probabilities, and their complements."""
-        raise NotImplementedError
 
     def working_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the precision in which scores of a type are worked on: at least float32."""
