@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Self
 
@@ -59,7 +60,7 @@ class _TimeBranch(nn.Module):
         return self.layer(torch.cat([angles.sin(), angles.cos()], dim=1))
 
 
-class _Block(nn.Module):
+class _Block(nn.Module, ABC):
     """Branches for data, noised class and time, joined by a layer."""
 
     def __init__(
@@ -88,8 +89,9 @@ class _Block(nn.Module):
         joined = feature_dim + hidden + (0 if time_dim is None else hidden)
         self.joint = nn.Sequential(_layer(joined, hidden, batch_norm), nn.Linear(hidden, self._outputs()))
 
+    @abstractmethod
     def _outputs(self) -> int:
-        raise NotImplementedError
+        """Return how many outputs the last layer has."""
 
     @property
     def timed(self) -> bool:
