@@ -1,4 +1,4 @@
-"""Frames of translates on periodic grids: filter banks in the Fourier domain, their bounds, completion and synthesis.
+"""Frames of translates on periodic grids: filter banks in the Fourier domain, their bounds, completion and analysis.
 
 A bank is a stack of transfer functions ĝ_λ(ω) on the grid's frequencies, in the order of ``torch.fft.fftn``. Its atoms
 are all translates of all filters, so that the frame condition is one on each frequency alone:
@@ -106,37 +106,6 @@ def analyze(
     spectrum = torch.fft.fftn(signal, dim=dims)
     filtered: Tensor = torch.fft.ifftn(spectrum.unsqueeze(-len(dims) - 1) * filters, dim=dims)
     return filtered
-
-
-def synthesize(
-    coefficients: Inexact[Tensor, "*batch filters *grid"], filters: Inexact[Tensor, "filters *grid"]
-) -> Inexact[Tensor, "*batch *grid"]:
-    """Rebuild a signal from its coefficients by the bank's canonical dual frame.
-
-    Args:
-        coefficients: What :func:`analyze` returned; others are projected on its range first.
-        filters: ĝ, a frame (A > 0).
-
-    Shape:
-        As :func:`analyze`, the other way round.
-
-    Returns:
-        f, complex.
-
-    Raises:
-        ValueError: The grids differ, or the bank is no frame.
-
-    Cost: Λ + 1 FFTs a signal.
-
-    Source: as :func:`littlewood_paley`.
-    """
-    dims = _dims(coefficients, filters)
-    kept = littlewood_paley(filters)
-    if not float(kept.min()) > 0:
-        raise ValueError("filters must be a frame: their Littlewood–Paley sum is 0 at some frequency")
-    spectrum = torch.fft.fftn(coefficients, dim=dims)
-    rebuilt: Tensor = torch.fft.ifftn((spectrum * filters.conj()).sum(-len(dims) - 1) / kept, dim=dims)
-    return rebuilt
 
 
 def _dims(signal: Tensor, filters: Tensor) -> tuple[int, ...]:
