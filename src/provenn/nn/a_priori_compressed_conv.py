@@ -1,0 +1,41 @@
+"""A priori compression of convolutional neural networks for wave simulators.
+
+Boukraichi, Akkari, Casenave, Ryckelynck, 2023. https://arxiv.org/abs/2304.04964
+
+Convolutions whose kernels are built of one-way filters before training, so that fewer weights are trained, stored and
+multiplied:
+
+    K[o, c, y, x] = Σ_r a[o, r, c] u[o, r, y] v[o, r, x]
+
+and the finite-element wave solver whose fields such networks learn to predict. The one-way layers are in
+``_a_priori_compressed_conv_one_way``, the canonical and Tucker formats that they are compared with in
+``_a_priori_compressed_conv_shared``, what all of them share in ``_a_priori_compressed_conv_base``, the conversion of
+models in ``_a_priori_compressed_conv_compress``, and the solver in ``_a_priori_compressed_conv_wave``.
+"""
+
+from provenn.nn._a_priori_compressed_conv_compress import (
+    CompressionReport,
+    LayerChange,
+    ModelCosts,
+    compress_before_training,
+)
+from provenn.nn._a_priori_compressed_conv_one_way import OneWayConv2d, OneWayConvTranspose2d
+from provenn.nn._a_priori_compressed_conv_shared import (
+    CPConv2d,
+    CPConvTranspose2d,
+    Tucker2Conv2d,
+    Tucker2ConvTranspose2d,
+)
+
+__all__ = [
+    "CPConv2d",
+    "CPConvTranspose2d",
+    "CompressionReport",
+    "LayerChange",
+    "ModelCosts",
+    "OneWayConv2d",
+    "OneWayConvTranspose2d",
+    "Tucker2Conv2d",
+    "Tucker2ConvTranspose2d",
+    "compress_before_training",
+]
