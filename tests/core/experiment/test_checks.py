@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from provenn.core.experiment.checks import check_choice, check_integer, check_number
+from provenn.core.experiment.checks import check_choice, check_integer, check_number, check_one_kind
 
 INTEGERS = [0, -3, 10**400, np.int64(2), np.uint8(2), np.int8(-1)]
 REALS = [0.5, np.float64(0.5), np.float32(0.5), np.float16(0.5), fractions.Fraction(1, 3)]
@@ -86,3 +86,25 @@ def test_choices():
     for value in ([1], {"a": 1}, torch.zeros(2)):
         with pytest.raises(ValueError, match="reduction"):
             check_choice("reduction", value, ("mean", "sum"))
+
+
+def test_tensors_of_one_kind():
+    pair = [torch.zeros(2, dtype=torch.float64), torch.ones(3, 1, dtype=torch.float64)]
+    for tensors in ([], [torch.zeros(2, dtype=torch.bfloat16)], pair, iter(pair)):
+        assert check_one_kind("params", tensors) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+def test_tensors_that_are_not_real_floating_point(dtype):
+    with pytest.raises(TypeError) as error:
+        check_one_kind("params", iter([torch.zeros(2), torch.zeros(2, dtype=dtype)]))
+    assert str(error.value) == f"params must be real floating-point (complex ones are not supported), got {dtype}"
+
+
+def test_tensors_of_several_kinds():
+    with pytest.raises(TypeError) as error:
+        check_one_kind("weights", [torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16)])
+    assert str(error.value) == "weights must share one type, got torch.bfloat16, torch.float32"
+    with pytest.raises(ValueError, match="weights") as error:
+        check_one_kind("weights", [torch.zeros(2), torch.zeros(2, device="meta")])
+    assert str(error.value) == "weights must share one device, got cpu, meta"

@@ -87,3 +87,26 @@ def check_choice(name: str, value: Any, choices: Iterable[Any]) -> None:
     known = list(choices)
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def check_one_kind(name: str, tensors: Iterable[Any]) -> None:
+    """Check that tensors are real floating-point, of one type and on one device, so that they make up one vector.
+
+    Args:
+        name: The argument's name, as the caller wrote it.
+        tensors: What was given; none at all will do.
+
+    Raises:
+        TypeError: One is complex or of integers, or they differ in type.
+        ValueError: They are on several devices.
+    """
+    given = list(tensors)
+    for tensor in given:
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be real floating-point (complex ones are not supported), got {tensor.dtype}")
+    dtypes = {tensor.dtype for tensor in given}
+    if len(dtypes) > 1:
+        raise TypeError(f"{name} must share one type, got {', '.join(sorted(map(str, dtypes)))}")
+    devices = {tensor.device for tensor in given}
+    if len(devices) > 1:
+        raise ValueError(f"{name} must share one device, got {', '.join(sorted(map(str, devices)))}")
