@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from provenn.core.experiment.checks import check_number
+from provenn.core.experiment.checks import check_number, check_one_kind
 from provenn.optim._optimistic_omd_domains import Domain, Simplex
 
 STATE: Any = "online"
@@ -21,7 +22,7 @@ _SLACK = 1 + 1e-6
 """How far beyond the stated bound a gradient may be, by rounding."""
 
 
-class OnlineOptimizer(torch.optim.Optimizer):
+class OnlineOptimizer(torch.optim.Optimizer, ABC):
     """An online method over one vector: all parameters, laid end to end.
 
     ``step`` reads the gradient at the played point and leaves the next played point in the parameters. A parameter
@@ -58,13 +59,13 @@ class OnlineOptimizer(torch.optim.Optimizer):
         self.state[STATE] = {"steps": 0, "largest": 0.0, "variation": 0.0, "warned": False}
         self.held.update(self._begin(self._start()))
 
+    @abstractmethod
     def _begin(self, start: Tensor) -> dict[str, Any]:
         """Return the state before the first round, given the starting point."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _advance(self, gradient: Tensor) -> Tensor:
         """Return the next played point."""
-        raise NotImplementedError
 
     @property
     def held(self) -> dict[str, Any]:
@@ -174,7 +175,7 @@ class OnlineOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         started = STATE in self.state  # the constructor adds its groups one by one, and then makes the state
         try:
-            _check_kinds(self._params())
+            check_one_kind("params", self._params())
             if started:
                 self._check_domain()
         except (TypeError, ValueError):
@@ -213,15 +214,3 @@ class OnlineOptimizer(torch.optim.Optimizer):
         device = self._params()[0].device
         copied = {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in found.items()}
         super().load_state_dict({**state_dict, "state": {**state_dict["state"], STATE: copied}})
-
-
-def _check_kinds(params: Sequence[Tensor]) -> None:
-    if not all(param.is_floating_point() for param in params):
-        odd = next(param.dtype for param in params if not param.is_floating_point())
-        raise TypeError(f"params must be real floating-point (complex ones are not supported), got {odd}")
-    dtypes = {param.dtype for param in params}
-    if len(dtypes) > 1:
-        raise TypeError(f"params must share one type, got {', '.join(sorted(map(str, dtypes)))}")
-    devices = {param.device for param in params}
-    if len(devices) > 1:
-        raise ValueError(f"params must share one device, got {', '.join(sorted(map(str, devices)))}")

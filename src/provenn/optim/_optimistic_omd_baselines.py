@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -56,9 +57,9 @@ class _Baseline(OnlineOptimizer):
         played: Tensor = held["point"]
         return played
 
+    @abstractmethod
     def _next(self, gradient: Tensor, square: float, wrong: float) -> Tensor:
         """Return the next point before projection, given ‖g_t‖² and ‖g_t − g_{t−1}‖²."""
-        raise NotImplementedError
 
     def _over_root(self, amount: float) -> float:
         return float(self.diameter or 0.0) / math.sqrt(max(amount, _TINY))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -13,18 +14,18 @@ from provenn.core.experiment.checks import check_number
 from provenn.optim._optimistic_omd_projections import project_ball, project_box, project_simplex
 
 
-class Domain:
+class Domain(ABC):
     """A closed convex set of ℝ^d."""
 
+    @abstractmethod
     def project(self, x: Tensor, metric: Tensor | None = None) -> Tensor:
         """Return the nearest points of the set in a metric."""
-        raise NotImplementedError
 
+    @abstractmethod
     def diameter(self, size: int) -> float:
         """Return the largest Euclidean distance of two of its points in ``size`` dimensions."""
-        raise NotImplementedError
 
-    def check(self, size: int) -> None:
+    def check(self, size: int) -> None:  # noqa: B027 - a set that lies in any dimension has nothing to check
         """Check that the set lies in ``size`` dimensions.
 
         Raises:
