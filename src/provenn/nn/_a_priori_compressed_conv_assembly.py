@@ -11,7 +11,8 @@ import scipy.sparse
 import torch
 from torch import Tensor
 
-from provenn.nn._a_priori_compressed_conv_mesh import CORNERS, QuadMesh, shape_functions
+from provenn.nn._a_priori_compressed_conv_elements import CORNERS, shape_functions
+from provenn.nn._a_priori_compressed_conv_mesh import QuadMesh
 
 Speed = float | Tensor | Callable[[Tensor], Tensor]
 """A wave speed: a number, one an element, one a node, or a function of positions (points, 2)."""

@@ -53,11 +53,11 @@ def wave_dataset(
     r"""Simulate waves in the unit square that start as a pulse beside a circular inclusion.
 
     The wave starts at rest as :math:`u = \exp(-|x - p|^2 / 2 w^2)`. Each simulation draws, independently: the speed
-    ratio from 0.5 to 2, uniformly in its logarithm; uniformly the inclusion's radius from 0.1 to 0.2, its centre in
-    [0.35, 0.65]², the pulse's width w from 0.05 to 0.08, and the gap of 0.05 to 0.2 between the inclusion's edge and
-    the pulse's centre p, in a uniform direction; p is moved into [0.1, 0.9]² if it is not there. The mesh has one
-    element a pixel, the speed is constant in each, and :class:`WaveFE2d` steps with consistent mass at half an element
-    or less of travel at speed 1.
+    ratio from 0.5 to 2, uniformly in its logarithm; uniformly the inclusion's radius from 0.1 to 0.18, its centre in
+    [0.36, 0.64]², the pulse's width w from 0.05 to 0.07, and the gap of 0.05 to 0.2 between the inclusion's edge and
+    the pulse's centre p, in a uniform direction; p is moved into [0.18, 0.82]² if it is not there, which leaves it
+    outside the inclusion. The mesh has one element a pixel, the speed is constant in each, and :class:`WaveFE2d` steps
+    with consistent mass, no further than a wave of speed 1 goes through half an element.
 
     Args:
         n: Simulations.
@@ -115,9 +115,9 @@ def _draw(n: int, generator: torch.Generator) -> Tensor:
     """Return rows of :data:`PARAMETERS`, from seven uniform numbers each."""
     uniform = torch.rand(n, 7, generator=generator, device=generator.device, dtype=torch.float64).cpu()
     width, log_ratio, gap, turn = (uniform[:, k] for k in (0, 1, 5, 6))
-    centre, radius = 0.35 + 0.3 * uniform[:, 2:4], 0.1 + 0.1 * uniform[:, 4]
+    centre, radius = 0.36 + 0.28 * uniform[:, 2:4], 0.1 + 0.08 * uniform[:, 4]
     distance, angle = radius + 0.05 + 0.15 * gap, 2 * math.pi * turn
     direction = torch.stack([angle.cos(), angle.sin()], dim=1)
-    pulse = (centre + distance[:, None] * direction).clamp(0.1, 0.9)
-    columns = (pulse, 0.05 + 0.03 * width[:, None], 4.0 ** (log_ratio[:, None] - 0.5), centre, radius[:, None])
+    pulse = (centre + distance[:, None] * direction).clamp(0.18, 0.82)
+    columns = (pulse, 0.05 + 0.02 * width[:, None], 4.0 ** (log_ratio[:, None] - 0.5), centre, radius[:, None])
     return torch.cat(columns, dim=1)

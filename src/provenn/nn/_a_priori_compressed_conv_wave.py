@@ -7,76 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from provenn.core.experiment.checks import check_choice, check_integer, check_number
 from provenn.nn._a_priori_compressed_conv_assembly import Speed, boundary_damping, domain_matrices, lumped
+from provenn.nn._a_priori_compressed_conv_history import Step, WaveResult, collect, dot
 from provenn.nn._a_priori_compressed_conv_mesh import QuadMesh
 
 BOUNDARIES = ("clamped", "absorbing", "free")
 
 Load = Tensor | Callable[[Tensor, float], Tensor] | None
-
-
-@dataclass(frozen=True)
-class WaveCertificate:
-    """What can be checked of a run of :class:`WaveFE2d` from its displacements alone.
-
-    Args:
-        energy: The discrete energy that the method conserves. Newmark: ½ u̇ᵀMu̇ + ½ uᵀKu at each time. Explicit: the
-            same with u̇ over the step before, and uᵀKu between that step's two ends.
-        work: Work done by the load since the start.
-        dissipation: Energy lost through absorbing sides since the start.
-        energy_drift: Largest |E_n − E_0 − work + dissipation| over steps and batch, relative to the largest of the
-            three. Zero but for rounding.
-        residual: Largest residual of the equation of motion over steps and batch, in the Euclidean norm, relative to
-            the largest sum of the norms of its terms. Zero but for rounding.
-
-    Shape:
-        ``energy``, ``work`` and ``dissipation`` (*batch, steps + 1), in units of u² (the density is 1/c²).
-    """
-
-    energy: Float[Tensor, "*batch times"]
-    work: Float[Tensor, "*batch times"]
-    dissipation: Float[Tensor, "*batch times"]
-    energy_drift: float
-    residual: float
-
-
-@dataclass(frozen=True)
-class WaveResult:
-    """A simulated wave.
-
-    Args:
-        times: Times of the snapshots, from 0.
-        displacement: The nodal displacement u at each time.
-        certificate: Energy balance and residual.
-        mesh: The mesh.
-
-    Shape:
-        ``times`` (steps + 1,); ``displacement`` (*batch, steps + 1, nodes), where ``batch`` is one dimension or none.
-        All float64 on the CPU.
-    """
-
-    times: Float[Tensor, " times"]
-    displacement: Float[Tensor, "*batch times nodes"]
-    certificate: WaveCertificate
-    mesh: QuadMesh
-
-    def on_grid(self, n: int) -> Float[Tensor, "*batch times n n"]:
-        """Return the snapshots at the centres of n × n pixels over the mesh's bounding box, rows upward in y.
-
-        Pixels beside the mesh are 0; ``mesh.sampler(n).mask`` tells which.
-        """
-        return self.mesh.sampler(n)(self.displacement)
 
 
 class WaveFE2d:
@@ -200,12 +146,11 @@ class WaveFE2d:
         batch = _common(batches)
         u, v = (np.repeat(start, (batch or 1) // start.shape[1], axis=1)[self.free.numpy()] for start in starts)
         march = self._explicit if self.method == "explicit" else self._newmark
-        return self._collected(march(u, v, load, steps), times, batch)
+        return collect(list(march(u, v, load, steps)), times, self.free, self.mesh, batch)
 
-    def _newmark(self, u: np.ndarray, v: np.ndarray, load: Callable[[int], np.ndarray], steps: int) -> Iterator[_Step]:
+    def _newmark(self, u: np.ndarray, v: np.ndarray, load: Callable[[int], np.ndarray], steps: int) -> Iterator[Step]:
         dt, Ku, Mv, F = self.dt, self._K @ u, self._M @ v, load(0)
-        nothing = np.zeros(u.shape[1])
-        yield _Step(u, _dot(v, Mv) / 2 + _dot(u, Ku) / 2, nothing, nothing, nothing, nothing)
+        yield Step.first(u, dot(v, Mv) / 2 + dot(u, Ku) / 2)
         for n in range(steps):
             F_next = load(n + 1)
             F, mean = F_next, (F + F_next) / 2
@@ -213,47 +158,27 @@ class WaveFE2d:
             u, v = u + d, 2 / dt * d - v
             Ku_old, Mv_old, Ku, Mv = Ku, Mv, self._K @ u, self._M @ v
             Cv = self._C @ d / dt
-            yield _Step.of(
+            yield Step.of(
                 u,
-                _dot(v, Mv) / 2 + _dot(u, Ku) / 2,
+                dot(v, Mv) / 2 + dot(u, Ku) / 2,
                 d,
                 ((Mv - Mv_old) / dt, Cv, (Ku + Ku_old) / 2, mean),
             )
 
-    def _explicit(self, u: np.ndarray, v: np.ndarray, load: Callable[[int], np.ndarray], steps: int) -> Iterator[_Step]:
+    def _explicit(self, u: np.ndarray, v: np.ndarray, load: Callable[[int], np.ndarray], steps: int) -> Iterator[Step]:
         dt, m, c = self.dt, self._M.diagonal()[:, None], self._C.diagonal()[:, None]
         Ku, F = self._K @ u, load(0)
-        nothing = np.zeros(u.shape[1])
         # The velocities stand between the times; the first makes the mean of its neighbours the one given.
         v = v - dt / 2 * (F - c * v - Ku) / m
-        yield _Step(u, _dot(v, m * v) / 2 + _dot(u - dt * v, Ku) / 2, nothing, nothing, nothing, nothing)
+        yield Step.first(u, dot(v, m * v) / 2 + dot(u - dt * v, Ku) / 2)
         for n in range(steps):
             v_old, v = v, ((m / dt - c / 2) * v + F - Ku) / (m / dt + c / 2)
             u = u + dt * v
             mean = (v + v_old) / 2
             forces = (m * (v - v_old) / dt, c * mean, Ku, F)
-            energy = _dot(v, m * v) / 2 + _dot(u, Ku) / 2
+            energy = dot(v, m * v) / 2 + dot(u, Ku) / 2
             Ku, F = self._K @ u, load(n + 1)
-            yield _Step.of(u, energy, dt * mean, forces)
-
-    def _collected(self, march: Iterator[_Step], times: Tensor, batch: int | None) -> WaveResult:
-        history = list(march)
-        count = history[0].u.shape[1]
-        displacement = torch.zeros(count, len(times), len(self.mesh.nodes), dtype=torch.float64)
-        displacement[:, :, self.free] = torch.from_numpy(np.stack([step.u for step in history])).permute(2, 0, 1)
-        energy = np.stack([step.energy for step in history])
-        work, dissipation = (
-            np.cumsum([getattr(step, name) for step in history], axis=0) for name in ("work", "dissipation")
-        )
-        defect = np.abs(energy - energy[0] - work + dissipation).max(0)
-        scale = np.maximum(np.maximum(energy, np.abs(work)), dissipation).max(0)
-        residual = np.max([step.residual for step in history], axis=0)
-        forces = np.max([step.forces for step in history], axis=0)
-        parts = [torch.from_numpy(part.T.copy()) for part in (energy, work, dissipation)]
-        if batch is None:
-            displacement, parts = displacement[0], [part[0] for part in parts]
-        certificate = WaveCertificate(*parts, _ratio(defect, scale), _ratio(residual, forces))
-        return WaveResult(times, displacement, certificate, self.mesh)
+            yield Step.of(u, energy, dt * mean, forces)
 
     def _load(self, f: Load, times: Tensor) -> tuple[Callable[[int], np.ndarray], dict[str, int | None]]:
         """Return what gives the nodal forces (free nodes, batch) at a step, and the load's batch."""
@@ -294,34 +219,6 @@ class WaveFE2d:
         limit = 2 / math.sqrt(largest) if largest > 0 else math.inf
         if self.dt >= limit:
             raise ValueError(f"dt must be below the explicit method's stability limit {limit:.6g}, got {self.dt!r}")
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One step of a batch: state at its end, and what the certificate sums or compares, a number a batch entry."""
-
-    u: np.ndarray
-    energy: np.ndarray
-    work: np.ndarray
-    dissipation: np.ndarray
-    residual: np.ndarray
-    forces: np.ndarray
-
-    @classmethod
-    def of(cls, u: np.ndarray, energy: np.ndarray, d: np.ndarray, forces: tuple[np.ndarray, ...]) -> _Step:
-        """Take inertia, damping, stiffness and load along a displacement d."""
-        inertia, damping, stiffness, load = np.broadcast_arrays(*forces)
-        norms = sum(np.linalg.norm(force, axis=0) for force in (inertia, damping, stiffness, load))
-        residual = np.linalg.norm(inertia + damping + stiffness - load, axis=0)
-        return cls(u, energy, _dot(d, load), _dot(d, damping), residual, norms)
-
-
-def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.einsum("ib,ib->b", a, b)
-
-
-def _ratio(part: np.ndarray, whole: np.ndarray) -> float:
-    return float(np.divide(part, whole, out=np.zeros_like(part), where=whole > 0).max(initial=0.0))
 
 
 def _nodal(name: str, value: Any, nodes: int) -> np.ndarray:
