@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from provenn.core.experiment.checks import check_integer, check_number
+from provenn.core.experiment.checks import check_integer, check_number, check_one_kind
 from provenn.optim._m_fac_dynamic import DynamicInverseFisher
 from provenn.optim._m_fac_pruner import MFACPruner
 from provenn.optim._m_fac_schedule import GradualSchedule
@@ -150,7 +150,7 @@ class MFAC(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             _check_options(self.param_groups[-1])
-            _check_kinds(self._params())
+            check_one_kind("params", self._params())
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -241,15 +241,3 @@ def _check_options(options: dict[str, Any]) -> None:
     check_number("lr", float(options["lr"]) if isinstance(options["lr"], Tensor) else options["lr"], at_least=0)
     check_number("momentum", options["momentum"], at_least=0, below=1)
     check_number("weight_decay", options["weight_decay"], at_least=0)
-
-
-def _check_kinds(params: list[Tensor]) -> None:
-    if not all(param.is_floating_point() for param in params):
-        odd = next(param.dtype for param in params if not param.is_floating_point())
-        raise TypeError(f"params must be real floating-point (complex ones are not supported), got {odd}")
-    dtypes = {param.dtype for param in params}
-    if len(dtypes) > 1:
-        raise TypeError(f"params must share one type, got {', '.join(sorted(map(str, dtypes)))}")
-    devices = {param.device for param in params}
-    if len(devices) > 1:
-        raise ValueError(f"params must share one device, got {', '.join(sorted(map(str, devices)))}")
