@@ -1,4 +1,4 @@
-"""The gated attention unit, its local window in blocks, and its positions."""
+"""The gated attention unit, and its positions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from provenn.core.experiment.checks import check_choice, check_integer, check_number
 from provenn.core.sequences.attention import wide
+from provenn.nn._seqboat_blocks import Blocks, cut_in_blocks, whole
 from provenn.nn._seqboat_ssm import check_features, truncated_normal_
 
 AttentionFunction = Literal["softmax", "relu2"]
@@ -29,19 +30,6 @@ class GAUState(NamedTuple):
     values: Tensor
     positions: Tensor
     mask: Tensor
-
-
-class _Blocks(NamedTuple):
-    """Queries and the keys that they may see, in blocks of neighbouring slots, (batch, blocks, slots, …)."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    query_positions: Tensor
-    key_positions: Tensor
-    key_mask: Tensor
-    offset: Tensor
-    """Slots from query to key, broadcastable to (batch, blocks, queries, keys)."""
 
 
 class GatedAttentionUnit(nn.Module):
@@ -169,9 +157,9 @@ class GatedAttentionUnit(nn.Module):
         if self.attn == "relu2":
             q = q / self._keys_seen(mask, slots)
         if slots is None and self.window is not None and self.window + 1 < x.shape[1]:
-            blocks = _blocks(q, k, v, positions, mask, self.window, self.bidirectional)
+            blocks = cut_in_blocks(q, k, v, positions, mask, self.window, self.bidirectional)
         else:
-            blocks = _whole(q, k, v, positions, mask, slots)
+            blocks = whole(q, k, v, positions, mask, slots)
         attended = self._attend(blocks).flatten(1, 2)[:, : x.shape[1]]
         h: Tensor = self.out_proj(attended * gate)
         return h
@@ -208,7 +196,7 @@ class GatedAttentionUnit(nn.Module):
         if self.attn == "relu2":
             q = q / (state.mask.sum(1)[:, None, None] + 1 if self.window is None else self.window)
         offset = torch.arange(1 - keys.shape[1], 1, device=x.device)
-        blocks = _Blocks(*(one[:, None] for one in (q, keys, values, positions[:, None], places, mask)), offset)
+        blocks = Blocks(*(one[:, None] for one in (q, keys, values, positions[:, None], places, mask)), offset)
         h: Tensor = self.out_proj(self._attend(blocks)[:, 0, 0] * gate[:, 0])
         if self.window is None:
             return h, GAUState(keys, values, places, mask)
@@ -251,7 +239,7 @@ class GatedAttentionUnit(nn.Module):
         own = torch.arange(mask.shape[1], device=mask.device) if slots is None else slots
         return (own + 1).clamp(min=1)[..., None]
 
-    def _attend(self, blocks: _Blocks) -> Tensor:
+    def _attend(self, blocks: Blocks) -> Tensor:
         """Attend within blocks: the only place where scores are made."""
         scores = blocks.q @ blocks.k.mT
         scores = scores.to(wide(scores.dtype))
@@ -265,7 +253,7 @@ class GatedAttentionUnit(nn.Module):
         weights = F.dropout(weights, self.attention_dropout, self.training)
         return weights.to(blocks.v.dtype) @ blocks.v
 
-    def _visible(self, blocks: _Blocks) -> Tensor:
+    def _visible(self, blocks: Blocks) -> Tensor:
         """Return which keys each query sees."""
         offset = blocks.offset
         visible = blocks.key_mask[..., None, :].expand(*blocks.q.shape[:-1], -1)
@@ -299,36 +287,3 @@ def rotate_at(x: Float[Tensor, "batch time head"], positions: Int[Tensor, "batch
 
 def _look_up(table: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, table[:, None])[..., 0]
-
-
-def _whole(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor, slots: Tensor | None) -> _Blocks:
-    """Put everything into one block."""
-    place = torch.arange(q.shape[1], device=q.device) if slots is None else slots[:, None]
-    offset = place[..., None, :] - place[..., None]
-    return _Blocks(*(one[:, None] for one in (q, k, v, positions, positions, mask)), offset)
-
-
-def _blocks(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, mask: Tensor, window: int, bidirectional: bool
-) -> _Blocks:
-    """Cut into blocks as long as the window; each sees the block before, itself, and with both sides the next."""
-    sides = (1, 1) if bidirectional else (1, 0)
-    q, query_positions = _cut(q, window), _cut(positions, window)
-    k, v, key_positions, key_mask = (_around(_cut(one, window), *sides) for one in (k, v, positions, mask))
-    keys = torch.arange(-window, window * (1 + sides[1]), device=q.device)
-    offset = keys - torch.arange(window, device=q.device)[:, None]
-    return _Blocks(q, k, v, query_positions, key_positions, key_mask, offset)
-
-
-def _cut(x: Tensor, size: int) -> Tensor:
-    """Cut time into blocks, zeros (False) at the end."""
-    missing = -x.shape[1] % size
-    padded = F.pad(x, (0, 0) * (x.ndim - 2) + (0, missing))
-    return padded.unflatten(1, (-1, size))
-
-
-def _around(blocks: Tensor, before: int, after: int) -> Tensor:
-    """Join each block with its neighbours, along the slots; beyond the ends are zeros (False)."""
-    padded = F.pad(blocks, (0, 0) * (blocks.ndim - 2) + (before, after))
-    count = blocks.shape[1]
-    return torch.cat([padded[:, shift : shift + count] for shift in range(1 + before + after)], 2)

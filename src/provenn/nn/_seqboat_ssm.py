@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -21,7 +22,7 @@ def truncated_normal_(tensor: Tensor, std: float = 0.02) -> Tensor:
     return nn.init.trunc_normal_(tensor, 0.0, std, -2 * std, 2 * std)
 
 
-class DiagonalSSM(nn.Module):
+class DiagonalSSM(nn.Module, ABC):
     """A diagonal linear recurrence of each channel, h_t = q ⊙ h_{t−1} + b x_t and y_t = Re(c · h_t) + ω x_t.
 
     Forward it is a convolution with k[l] = Re Σ_n c_n b_n q_n^l. A subclass owns the parameters and says what q, b and
@@ -35,9 +36,9 @@ class DiagonalSSM(nn.Module):
         self.dim, self.ndim, self.bidirectional = dim, ndim, bidirectional
         self.omega = nn.Parameter(torch.empty(dim))
 
+    @abstractmethod
     def coefficients(self) -> Coefficients:
         """Return q, b and c, each (channels, states), of D channels, or of 2D, those against time last."""
-        raise NotImplementedError
 
     def kernel(self, length: int) -> Float[Tensor, "channels length"]:
         """Return the kernel's first taps, in float32 at least.
