@@ -19,6 +19,9 @@ from provenn.nn._a_priori_compressed_conv_compress import (
     ModelCosts,
     compress_before_training,
 )
+from provenn.nn._a_priori_compressed_conv_dataset import WaveDataset, wave_dataset
+from provenn.nn._a_priori_compressed_conv_history import WaveCertificate, WaveResult
+from provenn.nn._a_priori_compressed_conv_mesh import QuadMesh
 from provenn.nn._a_priori_compressed_conv_one_way import OneWayConv2d, OneWayConvTranspose2d
 from provenn.nn._a_priori_compressed_conv_shared import (
     CPConv2d,
@@ -26,6 +29,7 @@ from provenn.nn._a_priori_compressed_conv_shared import (
     Tucker2Conv2d,
     Tucker2ConvTranspose2d,
 )
+from provenn.nn._a_priori_compressed_conv_wave import WaveFE2d
 
 __all__ = [
     "CPConv2d",
@@ -35,7 +39,13 @@ __all__ = [
     "ModelCosts",
     "OneWayConv2d",
     "OneWayConvTranspose2d",
+    "QuadMesh",
     "Tucker2Conv2d",
     "Tucker2ConvTranspose2d",
+    "WaveCertificate",
+    "WaveDataset",
+    "WaveFE2d",
+    "WaveResult",
     "compress_before_training",
+    "wave_dataset",
 ]
