@@ -108,7 +108,10 @@ def wave_dataset(
         speeds[one, 0] = c.view(resolution, resolution)
         images[one] = sampler(run.displacement[substeps::substeps])
     times = interval * torch.arange(1, frames + 1, dtype=torch.float64)
-    return WaveDataset(*(part.to(generator.device, dtype) for part in (speeds, images, parameters, times)))
+    speeds, images, parameters, times = (
+        part.to(generator.device, dtype) for part in (speeds, images, parameters, times)
+    )
+    return WaveDataset(speeds, images, parameters, times)
 
 
 def _draw(n: int, generator: torch.Generator) -> Tensor:

@@ -102,16 +102,21 @@ def collect(history: list[Step], times: Tensor, free: Tensor, mesh: QuadMesh, ba
     scale = np.maximum(np.maximum(energy, np.abs(work)), dissipation).max(0)
     residual = np.max([step.residual for step in history], axis=0)
     forces = np.max([step.forces for step in history], axis=0)
-    sums = [torch.from_numpy(part.T.copy()) for part in (energy, work, dissipation)]
-    if batch is None:
-        displacement, sums = displacement[0], [part[0] for part in sums]
-    certificate = WaveCertificate(*sums, _ratio(defect, scale), _ratio(residual, forces))
-    return WaveResult(times, displacement, certificate, mesh)
+    entry = 0 if batch is None else slice(None)
+    certificate = WaveCertificate(
+        torch.from_numpy(energy.T.copy())[entry],
+        torch.from_numpy(work.T.copy())[entry],
+        torch.from_numpy(dissipation.T.copy())[entry],
+        _ratio(defect, scale),
+        _ratio(residual, forces),
+    )
+    return WaveResult(times, displacement[entry], certificate, mesh)
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return the products of columns."""
-    return np.einsum("ib,ib->b", a, b)
+    products: np.ndarray = np.einsum("ib,ib->b", a, b)
+    return products
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> float:

@@ -204,7 +204,8 @@ class WaveFE2d:
             value = f(self.mesh.nodes.clone(), times[step].item())
             if not isinstance(value, Tensor) or value.shape != first.shape:
                 raise ValueError(f"f must always return the shape {tuple(first.shape)}, got {value!r} at step {step}")
-            return lift @ _nodal("f", value, nodes)
+            forces: np.ndarray = lift @ _nodal("f", value, nodes)
+            return forces
 
         return force, {"f": len(first) if first.dim() == 2 else None}
 
