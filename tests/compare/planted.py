@@ -125,6 +125,19 @@ def raising(params, lr: float = 0.5) -> Planted:
     raise RuntimeError("planted <b>fault</b>")
 
 
+class Stumbling(Planted):
+    """Takes one step, and no second."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        if len(LOG[-1].batches) > 1:
+            raise RuntimeError("planted second step")
+
+
+def stumbling(params, lr: float = 0.5) -> Planted:
+    return Stumbling(params, lr, "stumbling", lambda lr, weight: 0.0)
+
+
 def diverging(params, lr: float = 0.5) -> Planted:
     return Planted(params, lr, "diverging", lambda lr, weight: math.nan)
 

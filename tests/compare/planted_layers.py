@@ -50,6 +50,15 @@ class Huge(Layer):
         self.weight = nn.Parameter(torch.ones(1000 * width))
 
 
+class Fades(Layer):
+    """Works once, and no second time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.grad is not None or not torch.equal(self.weight, torch.ones_like(self.weight)):
+            raise RuntimeError("planted fault")
+        return super().forward(x)
+
+
 class Refuses(nn.Module):
     def __init__(self, width: int) -> None:
         raise ValueError("width must be planted\nand more")
@@ -80,4 +89,6 @@ TASK = LayerTask(
     measure=error,
     metric="error",
     maximize=False,
+    references={"planted": Layer},
+    place="planted ones",
 )

@@ -81,8 +81,9 @@ def test_a_layer_with_constraints_is_projected_after_every_step() -> None:
 
 def test_what_does_not_fit_says_why() -> None:
     assert unfit(TASK, Layer) is None
-    assert unfit(TASK, Refuses) == "does not fit: width must be planted"
-    assert unfit(TASK, torch.nn.Bilinear).startswith("does not fit: ")
+    assert unfit(TASK, Refuses) == "width must be planted"
+    assert unfit(TASK, torch.nn.Bilinear) == "also asks for 'in2_features' and 'out_features'"
+    assert unfit(TASK, torch.nn.Dropout) == "dropout probability has to be between 0 and 1, but got 16"
 
 
 def test_figures_are_shown_written_and_drawn(tmp_path) -> None:
@@ -158,7 +159,7 @@ def test_small_images_are_classified_by_networks_of_one_size() -> None:
         network = build(part, TASK.fitting_width(part))
         assert network(torch.rand(2, 1, 8, 8)).shape == (2, 10)
         assert sum(p.numel() for p in network.parameters()) == pytest.approx(6000, rel=0.2)
-    with pytest.raises(ValueError, match="no dense layer"):
+    with pytest.raises(ValueError, match="as a norm, dropout probability"):
         build(torch.nn.Dropout, 4)
     split = data()
     assert len(split.x_train) == 4000
@@ -187,3 +188,137 @@ def test_forecasts_begin_at_the_last_value() -> None:
     assert past.shape == (21, 96, 7)
     assert (ahead[:, 0] - past[:, -1] == 1).all()
     assert past[1, 0, 0] == 4
+
+
+class GRU(torch.nn.Module):
+    """A user's layer, named as one of this package that is made in another way; called with a width alone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.map = torch.nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.map(x).cumsum(1)
+
+
+class Shrinks(GRU):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.map(x)[:, :1]
+
+
+def test_a_users_layer_of_sequences_is_made_by_its_width_whatever_its_name() -> None:
+    from provenn.compare.tasks._sequences import sequence_layer
+    from provenn.compare.tasks.sequential_digits import build
+
+    assert isinstance(sequence_layer(GRU, 8), GRU)
+    assert build(GRU, 8)(torch.randn(3, 20, 1)).shape == (3, 10)
+    with pytest.raises(ValueError, match=r"gives \(3, 1, 8\) for a sequence \(3, 20, 8\)"):
+        build(Shrinks, 8)(torch.randn(3, 20, 1))
+
+
+@pytest.mark.parametrize("part", [torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU])
+def test_torchs_recurrent_layers_mix_steps_and_not_samples(part) -> None:
+    from provenn.compare.tasks.sequential_digits import build
+
+    torch.manual_seed(0)
+    network = build(part, 8)
+    x = torch.randn(3, 20, 1)
+    torch.testing.assert_close(network(x)[:1], network(x[:1]))
+    assert not torch.allclose(network(x), network(x.flip(1)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("LSSLModel", "its layer LSSL fits"),
+        ("ICLRNNCell", "is one step"),
+        ("StructuredTransition", "a piece of LSSL"),
+        ("InvariantMDS", "points without an order"),
+        ("PLSTM2d", "a layer of grids"),
+    ],
+)
+def test_what_is_no_layer_of_sequences_says_what_it_is(name: str, why: str) -> None:
+    import provenn.nn
+    from provenn.compare.tasks.sequential_digits import build
+
+    with pytest.raises(ValueError, match=why):
+        build(getattr(provenn.nn, name), 16)
+
+
+class MyConv(torch.nn.Conv2d):
+    pass
+
+
+class MyDense(torch.nn.Linear):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+
+class MyNorm(torch.nn.InstanceNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, affine=True)
+
+
+@pytest.mark.parametrize(("part", "place"), [(MyConv, "_convolving"), (MyDense, "_linear"), (MyNorm, "_normalising")])
+def test_a_users_layer_of_images_stands_where_it_can_be_called(part, place: str) -> None:
+    from provenn.compare.tasks import small_images
+
+    network = small_images.build(part, 8)
+    assert any(isinstance(one, part) for one in network.modules())
+    same = getattr(small_images, place)(part, 8)
+    assert [type(one) for one in network.modules()] == [type(one) for one in same.modules()]
+    assert network(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("name", ["CosineHead", "EBVHead", "SimplexETFHead", "PLSTM2d", "TrActLinear", "TrActConv2d"])
+def test_heads_grids_and_layers_of_other_areas_have_a_place_in_small_images(name: str) -> None:
+    import provenn.nn
+    import provenn.optim
+    from provenn.compare.tasks.small_images import TASK, build
+
+    part = getattr(provenn.optim if name.startswith("TrAct") else provenn.nn, name)
+    network = build(part, TASK.fitting_width(part))
+    assert sum(isinstance(one, part) for one in network.modules()) == (1 if name.endswith("Head") else 2)
+    assert network(torch.rand(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_scattering_is_a_front_end_that_is_blind_to_the_sign_and_hears_the_pitch() -> None:
+    from provenn.compare.tasks.audio_features import Scattering
+    from provenn.nn import GeneralizedScattering
+
+    front = Scattering(GeneralizedScattering)
+    time = torch.arange(8000) / 8000
+    x = torch.stack([torch.sin(2 * torch.pi * pitch * time) for pitch in (500.0, 2000.0)])
+    bands = front(x)
+    assert bands.shape == (2, 40, 64)
+    torch.testing.assert_close(bands, front(-x), atol=1e-4, rtol=1e-4)
+    # The shifts are 100 Hz apart, and the first, at zero, is the low-pass.
+    assert bands.mean(2).argmax(1).tolist() == [4, 19]
+
+
+class NotBands(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_what_is_no_front_end_says_what_it_gives() -> None:
+    from provenn.compare.tasks.audio_features import build
+
+    with pytest.raises(ValueError, match=r"gives \(1, 8000\) for a clip \(1, 8000\), not \(1, bands, frames\)"):
+        build(NotBands, 8)
+
+
+def test_the_costs_have_a_table_of_their_own_on_the_terminal() -> None:
+    from rich.console import Console
+
+    from provenn.compare.reporting import figures_table, table
+
+    comparison, results = compared("Layer", "Fades")
+    rows = rank(results, maximize=False)
+    console = Console(width=120, file=io.StringIO())
+    console.print(figures_table(comparison, rows))
+    shown = console.file.getvalue()
+    assert all(name in shown for name in FIGURES)
+    assert "96" in shown
+    assert "Fades" not in shown
+    assert len(table(comparison, rows).columns) == 6

@@ -135,6 +135,15 @@ def test_the_first_half_of_the_trials_is_the_same_for_every_part() -> None:
     assert [one for one, _ in again[0].tried] == [one for one, _ in results[1].tried]
 
 
+@pytest.mark.parametrize("trials", [2, 3, 4])
+def test_few_trials_are_spread_and_not_repeated(trials) -> None:
+    (result, _) = compare("peaked", "good", trials=trials, seeds=1)
+    rates = sorted(math.log10(settings["lr"]) for settings, _ in result.tried)
+    assert len(rates) == trials
+    # The range has four decades.
+    assert min(b - a for a, b in itertools.pairwise(rates)) > 0.4
+
+
 def test_without_trials_parts_run_with_their_defaults(log) -> None:
     results = compare("good", "rateless", trials=0)
     assert [run.lr for run in log] == [0.5] * 3 + [0.25] * 3

@@ -29,7 +29,7 @@ class Kind:
         cost: What the second axis is, less of it being better; ``None`` if there is none.
         over: What the headline figure's course is drawn over (evaluations, say); ``None`` if it is not.
         unfit: ``unfit(task, part)`` → why a part cannot run on a task, in a few words, or ``None`` if it can. Who
-            asks for all parts gets those that fit.
+            asks for all parts gets those that fit; a named part that does not is refused before anything is trained.
         figures: Further figures that ``run`` yields as ``Metric``, shown beside the headline and drawn against it.
 
     A task may bring ``references``, ``cost`` and ``over`` of its own; its ``cost`` and ``over`` come before the kind's.

@@ -45,6 +45,7 @@ class LayerTask:
         metric: Its name.
         maximize: Whether more of it is better.
         references: Parts that come with the task, by name.
+        place: What it has a place for, in words: the layer, how it is called, and on what.
     """
 
     name: str
@@ -62,6 +63,7 @@ class LayerTask:
     metric: str = "accuracy"
     maximize: bool = True
     references: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""
 
     def setup(self, seed: int, device: str, tuning: bool) -> LayerSetup:
         """Return what one run receives."""

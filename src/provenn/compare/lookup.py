@@ -112,13 +112,32 @@ def all_parts(kind: Kind, task: AnyTask | None = None) -> tuple[str, ...]:
 
 
 def fitting_parts(kind: Kind, task: AnyTask) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the names of all parts that fit a task, and why each other does not."""
+    """Return the names of all parts that fit a task, and why each other does not.
+
+    Raises:
+        UsageError: The task's data are not there, or damaged.
+    """
     names = all_parts(kind, task)
-    if kind.unfit is None:
-        return names, {}
-    told = {name: kind.unfit(task, find_part(kind, name, task)) for name in names}
-    reasons = {name: reason for name, reason in told.items() if reason is not None}
+    reasons = unfit_parts(kind, task, names)
     return tuple(name for name in names if name not in reasons), reasons
+
+
+def unfit_parts(kind: Kind, task: AnyTask, names: tuple[str, ...]) -> dict[str, str]:
+    """Return why parts do not fit a task, of those that do not.
+
+    Raises:
+        UsageError: The task's data are not there, or damaged.
+    """
+    from provenn.data import CorruptDataError, DataUnavailableError
+
+    if kind.unfit is None:
+        return {}
+    try:
+        task.setup(0, "cpu", tuning=True)
+    except (DataUnavailableError, CorruptDataError) as error:
+        raise UsageError(f"task {task.name}: {error}") from error
+    told = {name: kind.unfit(task, find_part(kind, name, task)) for name in names}
+    return {name: reason for name, reason in told.items() if reason is not None}
 
 
 def import_dotted(what: str, path: str) -> Any:

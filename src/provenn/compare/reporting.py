@@ -33,7 +33,10 @@ def cells(rows: Sequence[Row], figures: Sequence[str] = ()) -> list[tuple[str, .
 
 
 def _figure(row: Row, name: str) -> str:
-    return f"{row.mean_figure(name):.4g}" if row.rank is not None else ""
+    if row.rank is None:
+        return ""
+    value = row.mean_figure(name)
+    return f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -55,11 +58,26 @@ def _shown(interval: Interval, row: Row) -> str:
 def table(comparison: Comparison, rows: Sequence[Row]) -> Table:
     """Return the ranking as a table for a terminal."""
     made = Table(title=Text(heading(comparison)), caption=Text(_caption(comparison)))
-    figures = find_kind(comparison.kind).figures
-    for column in (*COLUMNS, *figures):
+    for column in COLUMNS:
         made.add_column(column, overflow="fold")
-    for row in cells(rows, figures):
+    for row in cells(rows):
         made.add_row(*map(Text, row))
+    return made
+
+
+def figures_table(comparison: Comparison, rows: Sequence[Row]) -> Table | None:
+    """Return the kind's figures of the parts that did not fail as a table for a terminal; ``None`` if it has none."""
+    figures = find_kind(comparison.kind).figures
+    if not figures:
+        return None
+    made = Table(title=Text("what the networks cost"))
+    for column in ("rank", "part"):
+        made.add_column(column, overflow="fold")
+    for column in figures:
+        made.add_column(column, justify="right")
+    for row in rows:
+        if row.rank is not None:
+            made.add_row(*map(Text, (*_cells(row)[:2], *(_figure(row, name) for name in figures))))
     return made
 
 

@@ -1,4 +1,8 @@
-"""Tune every part equally, then run its best setting on every seed; what fails is noted and stops nothing else."""
+"""Tune every part equally, then run its best setting on every seed; what fails is noted and stops nothing else.
+
+A run that ends well is kept in the ledger, where there is one, so that who is interrupted, or asks for more seeds, goes
+on from there. A run that failed is tried again.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,15 @@ from provenn.claims.errors import UsageError
 from provenn.claims.ledger import CellKey, Record, canonical
 from provenn.claims.workers import Executor
 from provenn.compare.cells import REFERENCE, study_name
-from provenn.compare.lookup import find_kind, find_part, find_task
-from provenn.compare.task import Space
+from provenn.compare.keeping import Keeper
+from provenn.compare.listing import by_reason
+from provenn.compare.lookup import find_kind, find_part, find_task, unfit_parts
+from provenn.compare.task import AnyTask, Space
 
 TUNING_SEED = 0
 """The seed that tuning runs on; the seeds that count are 1, 2, ..."""
 SAMPLER_SEED = 0
+LEAST_SPREAD = 4
 
 
 @dataclass(frozen=True)
@@ -154,8 +161,11 @@ class _Course:
 
 
 def _study(space: Space, trials: int, maximize: bool) -> optuna.Study:
-    """Return a study whose first half of trials is spread evenly, the same for every part, before TPE takes over."""
-    spread = math.ceil(trials / 2)
+    """Return a study whose first half of trials is spread evenly, the same for every part, before TPE takes over.
+
+    Of fewer than four scores TPE learns nothing: it would try again what it has seen.
+    """
+    spread = max(min(trials, LEAST_SPREAD), math.ceil(trials / 2))
     sampler = optuna.samplers.TPESampler(seed=SAMPLER_SEED, n_startup_trials=spread)
     study = optuna.create_study(direction="maximize" if maximize else "minimize", sampler=sampler)
     for shares in spread_points(spread, len(space)):
@@ -194,8 +204,31 @@ def check(comparison: Comparison) -> None:
         find_part(kind, part, task)
 
 
+def check_fit(comparison: Comparison) -> None:
+    """Check that every part fits the task, before anything is trained.
+
+    Raises:
+        UsageError: Some do not, each with its reason; or the task's data are not there, or damaged.
+    """
+    kind, task = find_kind(comparison.kind), find_task(comparison.task)
+    reasons = unfit_parts(kind, task, comparison.parts)
+    if reasons:
+        told = [f"  {line}" for line in by_reason(reasons)]
+        raise UsageError("\n".join([f"nothing was run: these parts cannot stand in {task.name}", *told, *_place(task)]))
+
+
+def _place(task: AnyTask) -> list[str]:
+    """Return in words what a task has a place for, if it says so."""
+    place = getattr(task, "place", "")
+    return [f"{task.name} has a place for {place}"] if place else []
+
+
 def run_comparison(
-    comparison: Comparison, executor: Executor, advance: Callable[[str, float], None] = lambda part, share: None
+    comparison: Comparison,
+    executor: Executor,
+    advance: Callable[[str, float], None] = lambda part, share: None,
+    keeper: Keeper | None = None,
+    ended: Callable[[CellKey, Record | None, bool], None] = lambda key, record, kept: None,
 ) -> list[PartResult]:
     """Run a comparison.
 
@@ -203,45 +236,74 @@ def run_comparison(
         comparison: What to compare.
         executor: Runs the cells; the caller closes it.
         advance: Told the part whenever one of its runs has moved on, and by how much of a run (negative: start over).
+        keeper: Where runs that end are stored, and those of before are found.
+        ended: Told a run that is over, what it left (``None``: it failed), and whether it was kept from before.
 
     Returns:
         One result a part, in the order asked for.
 
     Raises:
         UsageError: A name is unknown, or the task does not compare this kind.
+        LedgerError: The ledger refuses; what is stored is kept.
     """
     check(comparison)
     with _quiet_optuna():
-        courses = {part: _Course(comparison, part) for part in comparison.parts}
-        shown: dict[CellKey, float] = {}
-        while _submit(courses, executor, shown):
+        desk = _Desk(comparison, executor, advance, keeper, ended)
+        while desk.submit():
             for message in executor.wait():
-                _take(message, courses[message.key.arm], shown, advance)
-    return [course.result for course in courses.values()]
+                desk.take(message)
+    return [course.result for course in desk.courses.values()]
 
 
-def _submit(courses: Mapping[str, _Course], executor: Executor, shown: dict[CellKey, float]) -> bool:
-    """Hand out runs while there are free hands; return whether any is under way."""
-    for course in courses.values():
-        while executor.idle() > 0 and (job := course.next_job()) is not None:
-            shown[job.key] = 0.0
-            executor.submit(job)
-    return bool(shown)
+class _Desk:
+    """Hands out runs, and takes in what they leave."""
 
+    def __init__(
+        self,
+        comparison: Comparison,
+        executor: Executor,
+        advance: Callable[[str, float], None],
+        keeper: Keeper | None,
+        ended: Callable[[CellKey, Record | None, bool], None],
+    ) -> None:
+        self.courses = {part: _Course(comparison, part) for part in comparison.parts}
+        self._executor = executor
+        self._advance = advance
+        self._keeper = keeper
+        self._ended = ended
+        self._shown: dict[CellKey, float] = {}
 
-def _take(
-    message: Live | Done | Failed, course: _Course, shown: dict[CellKey, float], advance: Callable[[str, float], None]
-) -> None:
-    if isinstance(message, Live):
-        share = message.done / message.total if message.total else 0.0
-        advance(message.key.arm, share - shown[message.key])
-        shown[message.key] = share
-        return
-    if isinstance(message, Done):
-        course.done(message.key, message.record)
-    else:
-        course.failed(message.key, message.cause)
-    advance(message.key.arm, 1.0 - shown.pop(message.key))
+    def submit(self) -> bool:
+        """Hand out runs while there are free hands; return whether any is under way."""
+        for part, course in self.courses.items():
+            while self._executor.idle() > 0 and (job := course.next_job()) is not None:
+                record = self._keeper.find(job.key) if self._keeper else None
+                if record is not None:
+                    course.done(job.key, record)
+                    self._advance(part, 1.0)
+                    self._ended(job.key, record, True)
+                    continue
+                self._shown[job.key] = 0.0
+                self._executor.submit(job)
+        return bool(self._shown)
+
+    def take(self, message: Live | Done | Failed) -> None:
+        """Take what happened to a run."""
+        key, course = message.key, self.courses[message.key.arm]
+        if isinstance(message, Live):
+            share = message.done / message.total if message.total else 0.0
+            self._advance(key.arm, share - self._shown[key])
+            self._shown[key] = share
+            return
+        record = message.record if isinstance(message, Done) else None
+        if isinstance(message, Done):
+            if self._keeper:
+                self._keeper.keep(key, message.record)
+            course.done(key, message.record)
+        else:
+            course.failed(key, message.cause)
+        self._advance(key.arm, 1.0 - self._shown.pop(key))
+        self._ended(key, record, False)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ What a part is to a task — a layer of sequences, a layer of images, a front en
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -18,6 +20,7 @@ from provenn.compare.layer_task import FIGURES, LayerSetup, LayerTask
 from provenn.core.experiment.training import Batch, Update, train
 
 DEFAULT_RATE = 1e-3
+NARROW = 4
 
 
 def run(setup: LayerSetup, part: Any, settings: Settings) -> Iterator[Event]:
@@ -56,15 +59,27 @@ def _step(
 
 
 def unfit(task: LayerTask, part: Any) -> str | None:
-    """Say why a part cannot sit in a task's network: by building it, then by a batch."""
+    """Say why a part cannot sit in a task's network: by building it, then by a batch.
+
+    A narrow network comes first: what fits at no width is refused with small sizes in its words, and at once.
+    """
+    setup = task.setup(0, "cpu", tuning=True)
+    x, y = (one[:2] for one in (setup.split.x_train, setup.split.y_train))
     try:
-        setup = task.setup(0, "cpu", tuning=True)
-        model = setup.model(part)
-        x, y = (one[:2] for one in (setup.split.x_train, setup.split.y_train))
-        task.loss(model, x, y).backward()  # type: ignore[no-untyped-call]  # torch's own
+        with warnings.catch_warnings(action="ignore"):
+            if task.parameters is not None:
+                task.loss(task.build(part, NARROW * task.step), x, y)
+            task.loss(setup.model(part), x, y).backward()  # type: ignore[no-untyped-call]  # torch's own
     except Exception as error:
-        return f"does not fit: {str(error).partition(chr(10))[0] or type(error).__name__}"
+        return _in_words(error)
     return None
+
+
+def _in_words(error: Exception) -> str:
+    """Return an error's first line; what a part asks for beside what a task gives, by its names alone."""
+    line = str(error).partition("\n")[0] or type(error).__name__
+    asked = re.search(r"missing \d+ required \S+ arguments?: (.*)", line) if isinstance(error, TypeError) else None
+    return f"also asks for {asked[1]}" if asked else line
 
 
 KIND = Kind(name="nn", part_kind="module", run=run, unfit=unfit, figures=FIGURES)

@@ -41,7 +41,10 @@ class SequenceNetwork(nn.Module):
         h = self.embed(x)
         for norm, layer in zip(self.norms, self.layers, strict=True):
             mixed = layer(norm(h))
-            h = h + (mixed[0] if isinstance(mixed, tuple) else mixed)
+            mixed = mixed[0] if isinstance(mixed, tuple) else mixed
+            if mixed.shape != h.shape:  # a shorter one would be added to every step without a word
+                raise ValueError(f"gives {tuple(mixed.shape)} for a sequence {tuple(h.shape)}")
+            h = h + mixed
         h = self.norm(h)
         y: Tensor = self.readout(h.mean(1) if self.pooled else h[:, -1])
         return y
@@ -110,6 +113,11 @@ REFERENCES: Mapping[str, Any] = {
 }
 
 
+def _of_width(part: Any, width: int) -> nn.Module:
+    made: nn.Module = part(width)
+    return made
+
+
 def _square(part: Any, width: int) -> nn.Module:
     """Make what takes the widths of its inputs and of its states."""
     made: nn.Module = part(width, width)
@@ -128,8 +136,18 @@ def _bidirectional(part: Any, width: int) -> nn.Module:
     return made
 
 
+def _turing_machine(part: Any, width: int) -> nn.Module:
+    made: nn.Module = part(width, width, hidden_size=width, slots=16, width=8)
+    return made
+
+
 def _seqboat(part: Any, width: int) -> nn.Module:
     made: nn.Module = part(width, zdim=max(4, width // 2), window=16)
+    return made
+
+
+def _gated_attention(part: Any, width: int) -> nn.Module:
+    made: nn.Module = part(width, zdim=max(4, width // 2), hdim=2 * width, window=16)
     return made
 
 
@@ -141,33 +159,60 @@ def _subsampled(part: Any, width: int) -> nn.Module:
     return SelfAttention(part(width, 4))
 
 
-def _cubic(part: Any, width: int) -> nn.Module:
-    raise ValueError("takes time cubic in the length of a sequence")
+def _refused(why: str) -> Adapter:
+    """Return an adapter of what has no place in a sequence."""
 
+    def refuse(part: Any, width: int) -> nn.Module:
+        raise ValueError(why)
+
+    return refuse
+
+
+_PIECE = _refused("is a piece of LSSL, which fits")
 
 ADAPTERS: Mapping[str, Adapter] = {
     "SeqBoatLayer": _seqboat,
+    "GatedAttentionUnit": _gated_attention,
     "ElmanRNN": _with_outputs,
     "JordanRNN": _with_outputs,
     "PeepholeLSTM": _square,
     "GRU": _square,
     "BiRNN": _bidirectional,
+    "NTMCell": _turing_machine,
     "ICLRNN": _with_outputs,
     "ICRNN": _with_outputs,
     "LipschitzRNN": _with_outputs,
     "SigmoidAttention": _sigmoid_attention,
     "SubsampledAttention": _subsampled,
-    "KroneckerAttention": _cubic,
+    "KroneckerAttention": _refused("takes time cubic in the length of a sequence"),
+    "ICLRNNCell": _refused("is one step; ICLRNN, which fits, takes them all"),
+    "LSSLModel": _refused("is a whole network; its layer LSSL fits"),
+    "SeqBoat": _refused("is a whole network; its layer SeqBoatLayer fits"),
+    "SequenceModel": _refused("is a whole network around a recurrent layer, which fits"),
+    "SparseModularActivation": _refused("goes around other modules; SeqBoatLayer, which fits, is made of it"),
+    "StructuredTransition": _PIECE,
+    "DenseTransition": _PIECE,
+    "LinearStateSpace": _PIECE,
+    "PLSTM2d": _refused("is a layer of grids"),
+    "PLSTMGraph": _refused("is a layer of acyclic graphs"),
+    "PLSTMVision": _refused("is a whole network for images"),
+    "InvariantMDS": _refused("takes points without an order"),
+    "TransportMLP": _refused("maps each step alone"),
 }
-"""How parts that need more than a width are made; another part is called as ``part(width)``."""
+"""How parts of this package that need more than a width are made; another part is called as ``part(width)``."""
+
+PLACE = (
+    "layers of sequences, called as part(width) or torch's recurrent layers; the layer maps (batch, time, width) to the"
+    " same shape, or to a tuple that begins with it"
+)
 
 
 def sequence_layer(part: Any, width: int) -> nn.Module:
     """Make a part for sequences of a width."""
-    made: nn.Module = ADAPTERS.get(getattr(part, "__name__", ""), _of_width)(part, width)
-    return made
-
-
-def _of_width(part: Any, width: int) -> nn.Module:
-    made: nn.Module = part(width)
+    if isinstance(part, type) and issubclass(part, nn.RNNBase) and part.__module__.startswith("torch."):
+        return recurrent(part)(width)
+    # By name alone a user's own layer would be taken for one of this package.
+    ours = getattr(part, "__module__", "").startswith("provenn.")
+    adapter = ADAPTERS.get(getattr(part, "__name__", ""), _of_width) if ours else _of_width
+    made: nn.Module = adapter(part, width)
     return made

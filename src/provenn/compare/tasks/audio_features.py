@@ -12,6 +12,7 @@ from provenn.compare.task import LogUniform, Split
 from provenn.data import load
 
 RATE, HOP, WINDOW = 8000, 128, 512
+SHIFTS, STRIDE = 40, 125
 TEST_TAKES, VALIDATION_TAKES, TRAIN_TAKES = 5, 8, 18
 _FOURIER = {"sr": RATE, "n_fft": WINDOW, "hop_length": HOP}
 _CONSTANT_Q = {"sr": RATE, "hop_length": HOP, "fmin": 65.4, "n_bins": 60, "bins_per_octave": 12}
@@ -38,7 +39,10 @@ class AudioNetwork(nn.Module):
         super().__init__()
         self.front = front
         with torch.no_grad():
-            bands = front(torch.zeros(1, RATE)).shape[1]
+            shape = tuple(front(torch.zeros(1, RATE)).shape)
+        if len(shape) != 3 or shape[0] != 1:
+            raise ValueError(f"gives {shape} for a clip (1, {RATE}), not (1, bands, frames)")
+        bands = shape[1]
         self.norm = nn.BatchNorm1d(bands)
         self.body = nn.Sequential(
             nn.Conv1d(bands, width, 3, padding=1),
@@ -86,13 +90,35 @@ class PlainSTFT(nn.Module):
         return torch.stft(x, WINDOW, HOP, window=self.window, return_complex=True).abs()
 
 
+class Scattering(nn.Module):
+    """Averaged magnitudes of Gabor filters, 40 from 0 to 4 kHz: the first paths of a scattering network.
+
+    Args:
+        part: ``provenn.nn.GeneralizedScattering``.
+    """
+
+    def __init__(self, part: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        from provenn.nn import FilterBank, ScatteringLayer
+
+        # Real sounds have the same magnitudes at the negative frequencies of the bank's other half.
+        bank = FilterBank(FilterBank.gabor((RATE,), 2 * SHIFTS).transfer()[: SHIFTS + 1])
+        self.network = part([ScatteringLayer(bank, pooling="average", stride=STRIDE).normalized()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the paths leave."""
+        paths: Tensor = self.network(x[:, None])[1]
+        return paths
+
+
 def build(part: Callable[..., nn.Module], width: int) -> nn.Module:
     """Return the network behind a front end.
 
     Raises:
         ValueError: The part is no front end.
     """
-    front = part(**OPTIONS.get(getattr(part, "__name__", ""), {}))
+    name = getattr(part, "__name__", "") if getattr(part, "__module__", "").startswith("provenn.") else ""
+    front = Scattering(part) if name == "GeneralizedScattering" else part(**OPTIONS.get(name, {}))
     return AudioNetwork(front, width)
 
 
@@ -117,4 +143,5 @@ TASK = LayerTask(
     batch_size=32,
     width=32,
     references={"torch-stft": PlainSTFT, "learned-filters": LearnedFilters},
+    place="front ends, called as part(); one maps clips (batch, 8000) of a second to (batch, bands, frames)",
 )

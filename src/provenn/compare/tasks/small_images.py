@@ -5,7 +5,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from provenn.compare.layer_task import LayerTask
 from provenn.compare.task import LogUniform, Split
@@ -21,8 +21,13 @@ def _dense(layer: Callable[[int, int], nn.Module], width: int, activation: bool)
     return nn.Sequential(nn.Flatten(), layer(PIXELS, width), *between, layer(width, CLASSES))
 
 
-def _convolutional(conv: Callable[..., nn.Module], norm: Callable[[int], nn.Module], width: int) -> nn.Module:
-    """Return two convolutions, each followed by what normalises and activates, pooled between and after."""
+def _convolutional(
+    conv: Callable[..., nn.Module],
+    norm: Callable[[int], nn.Module],
+    width: int,
+    head: Callable[[int, int], nn.Module] = nn.Linear,
+) -> nn.Module:
+    """Return two convolutions, each followed by what normalises and activates, pooled between and after, and a head."""
     return nn.Sequential(
         conv(1, width, 3, padding=1),
         norm(width),
@@ -31,7 +36,7 @@ def _convolutional(conv: Callable[..., nn.Module], norm: Callable[[int], nn.Modu
         norm(width),
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
-        nn.Linear(4 * width, CLASSES),
+        head(4 * width, CLASSES),
     )
 
 
@@ -60,36 +65,126 @@ def _evonorm_s0(width: int) -> nn.Module:
     return EvoNorm2d(width, "S0", group_size=2)
 
 
-_DENSE = (
-    "AFKANLayer",
-    "ReLUKANLayer",
-    "BSplineKANLayer",
-    "RBFKANLayer",
-    "ChebyKANLayer",
-    "FourierKANLayer",
-    "WavKANLayer",
+class ChannelsLast(nn.Module):
+    """A layer of grids with channels last, in a network with channels first.
+
+    Args:
+        layer: (batch, height, width, channels) → the same.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the grid, mixed."""
+        y: Tensor = self.layer(x.movedim(1, -1)).movedim(-1, 1)
+        return y
+
+
+def _grids(part: Callable[..., nn.Module], width: int) -> nn.Module:
+    """Return two layers of grids, each after a norm; the first on 8 × 8 points, the second on 4 × 4."""
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.GroupNorm(1, width),
+        ChannelsLast(part(width, 2)),
+        nn.MaxPool2d(2),
+        nn.GroupNorm(1, width),
+        ChannelsLast(part(width, 2)),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4 * width, CLASSES),
+    )
+
+
+def _bending(part: Any, width: int) -> nn.Module:
+    return _dense(part, width, activation=False)
+
+
+def _linear(part: Any, width: int) -> nn.Module:
+    return _dense(part, width, activation=True)
+
+
+def _convolving(part: Any, width: int) -> nn.Module:
+    return _convolutional(part, _activated(_unnormalised), width)
+
+
+def _normalising(part: Any, width: int) -> nn.Module:
+    return _convolutional(partial(nn.Conv2d, bias=False), _activated(part), width)
+
+
+def _both(part: Any, width: int) -> nn.Module:
+    """Use what normalises and activates."""
+    return _convolutional(partial(nn.Conv2d, bias=False), part, width)
+
+
+def _heading(part: Any, width: int, **options: int) -> nn.Module:
+    return _convolutional(nn.Conv2d, _activated(_unnormalised), width, partial(part, **options))
+
+
+def _refused(why: str) -> Callable[[Any, int], nn.Module]:
+    """Return the place of what has none."""
+
+    def refuse(part: Any, width: int) -> nn.Module:
+        raise ValueError(why)
+
+    return refuse
+
+
+_KAN = ("AFKAN", "ReLUKAN", "BSplineKAN", "RBFKAN", "ChebyKAN", "FourierKAN", "WavKAN")
+PLACES: Mapping[str, Callable[[Any, int], nn.Module]] = {
+    **{f"{name}Layer": _bending for name in _KAN},
+    "EvoNorm2d": _both,
+    "_evonorm_s0": _both,
+    "PLSTM2d": _grids,
+    "CosineHead": _heading,
+    "EBVHead": partial(_heading, dim=6),
+    "SimplexETFHead": partial(_heading, dim=CLASSES - 1),
+    "ICLRNNCell": _refused("is one step of a recurrence"),
+    "NormActLayer": _refused("asks for a graph; EvoNorm2d, which fits, has those that the paper found"),
+    "AFKAN": _refused("is a whole network; its layer AFKANLayer fits"),
+    "QResNet": _refused("is a whole network; its layer QuadraticConv2d fits"),
+    "PLSTMVision": _refused("is a whole network; its layer PLSTM2d fits"),
+}
+"""Where parts of this package stand that their calls alone do not tell; :func:`build` tries the others."""
+
+_TRIED = {"convolution": _convolving, "dense layer": _linear, "norm": _normalising}
+PLACE = (
+    "convolutions part(inputs, outputs, 3, padding=1), dense layers part(inputs, outputs) and norms part(channels),"
+    " each followed by a ReLU; and for what else of this package is listed as fitting"
 )
-_NORMS = ("BatchNorm2d", "GroupNorm")
 
 
 def build(part: Any, width: int) -> nn.Module:
-    """Return the network around a part, by what kind of layer it is.
+    """Return the network around a part: as a convolution, a dense layer or a norm, the first that it can be called as.
 
     Raises:
-        ValueError: It is no layer that the task knows a place for.
+        ValueError: It is none of them.
     """
-    name = getattr(part, "__name__", "")
-    if name in _DENSE:
-        return _dense(part, width, activation=False)
-    if name in ("Linear", "QuadraticLinear"):
-        return _dense(part, width, activation=True)
-    if name in ("Conv2d", "QuadraticConv2d"):
-        return _convolutional(part, _activated(_unnormalised), width)
-    if name in _NORMS:
-        return _convolutional(partial(nn.Conv2d, bias=False), _activated(part), width)
-    if name in ("EvoNorm2d", "_evonorm_s0"):
-        return _convolutional(partial(nn.Conv2d, bias=False), part, width)
-    raise ValueError("is no dense layer, convolution or norm that this task knows")
+    ours = getattr(part, "__module__", "").startswith("provenn.")
+    known = PLACES.get(getattr(part, "__name__", "")) if ours else None
+    if known is not None:
+        return known(part, width)
+    place = _place_of(part)
+    if not isinstance(place, str):
+        return place(part, width)
+    raise ValueError("can be called as no convolution, dense layer or norm" + ("" if ours else f": {place}"))
+
+
+@cache
+def _place_of(part: Any) -> Callable[[Any, int], nn.Module] | str:
+    """Return the place in which a part works, by a batch of images; or why it works in none."""
+    reasons = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for name, place in _TRIED.items():
+            try:
+                given = tuple(place(part, 8)(torch.rand(2, 1, 8, 8)).shape)
+                if given == (2, CLASSES):
+                    return place
+                reasons.append(f"as a {name}, gives {given}")
+            except Exception as error:
+                reasons.append(f"as a {name}, {str(error).partition(chr(10))[0] or type(error).__name__}")
+    return "; ".join(reasons)
 
 
 @cache
@@ -121,4 +216,5 @@ TASK = LayerTask(
     parameters=6000,
     step=2,
     references=REFERENCES,
+    place=PLACE,
 )
