@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
@@ -12,9 +13,9 @@ from provenn.core.experiment.checks import check_choice, check_integer, check_nu
 from provenn.core.numerics.spd import spd_log, spd_power, symmetric_exp
 from provenn.nn._gbw_batchnorm_checks import check_channels, check_spd, full_precision
 from provenn.nn._gbw_batchnorm_geometry import check_theta
+from provenn.nn._gbw_batchnorm_means import affine_geodesic, bures_geodesic, bures_mean, bures_variance, karcher_mean
 from provenn.nn._gbw_batchnorm_spectral import (
     absolute,
-    bures_mean_step,
     eigen_roots,
     kronecker_sum_power,
     semidefinite_power,
@@ -24,7 +25,7 @@ from provenn.nn._gbw_batchnorm_spectral import (
 Batch = Float[Tensor, "batch channels n n"]
 
 
-class _RiemannianBatchNorm(nn.Module):
+class _RiemannianBatchNorm(nn.Module, ABC):
     """What the normalisations share: parameters, running statistics and the checks of a call."""
 
     manifolds: ClassVar[dict[str, str]] = {"bias": "spd", "metric": "spd"}
@@ -75,8 +76,9 @@ class _RiemannianBatchNorm(nn.Module):
         with full_precision(X):
             return symmetrized(self._normalized(X))
 
+    @abstractmethod
     def _normalized(self, X: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return the normalised batch; in training, record its statistics too."""
 
     def _factor(self, variance: Tensor) -> Tensor:
         """Return s / √(v + ε), one number a channel."""
@@ -91,12 +93,12 @@ class _RiemannianBatchNorm(nn.Module):
 
     def _bures_wasserstein(self, X: Tensor, bias: Tensor, theta: float, var_about: str) -> Tensor:
         """Centre, scale and shift under the Bures–Wasserstein metric."""
-        B = _bures_mean(X.detach(), self.mean_iters) if self.training else self.running_mean
+        B = bures_mean(X.detach(), self.mean_iters) if self.training else self.running_mean
         root, inverse_root = eigen_roots(B)
         K = semidefinite_power(root @ X @ root, 0.5)
         if self.training:
-            variance = _bures_variance(X.detach(), B, K.detach(), var_about) / theta**2
-            self._record(_bures_geodesic(self.running_mean, B, self.momentum), variance)
+            variance = bures_variance(X.detach(), B, K.detach(), var_about) / theta**2
+            self._record(bures_geodesic(self.running_mean, B, self.momentum), variance)
         else:
             assert self.running_var is not None
             variance = self.running_var
@@ -262,8 +264,8 @@ class SPDBatchNorm(_RiemannianBatchNorm):
     def _affine_invariant(self, X: Tensor) -> Tensor:
         B = self.running_mean
         if self.training:
-            B = _karcher_mean(X.detach(), self.mean_iters)
-            self._record(_affine_geodesic(self.running_mean, B, self.momentum), None)
+            B = karcher_mean(X.detach(), self.mean_iters)
+            self._record(affine_geodesic(self.running_mean, B, self.momentum), None)
         _, inverse_root = eigen_roots(B)
         move = spd_power(self.bias, 0.5) @ inverse_root
         return move @ X @ move.mT
@@ -283,43 +285,3 @@ class SPDBatchNorm(_RiemannianBatchNorm):
     def extra_repr(self) -> str:
         """Show the sizes and the metric."""
         return f"{super().extra_repr()}, metric={self.geometry!r}"
-
-
-@torch.no_grad()
-def _bures_mean(X: Tensor, steps: int) -> Tensor:
-    B = X.mean(0)
-    for _ in range(steps):
-        B, _ = bures_mean_step(B, X)
-    return B
-
-
-def _bures_variance(X: Tensor, B: Tensor, K: Tensor, about: str) -> Tensor:
-    """Return the mean squared distance from B, or from I, where the root of the product is that of X."""
-    point = B
-    if about == "identity":
-        point, K = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device), semidefinite_power(X, 0.5)
-    squared = (X + point - 2 * K).diagonal(dim1=-2, dim2=-1).sum(-1)
-    return squared.clamp(min=0).mean(0)
-
-
-@torch.no_grad()
-def _bures_geodesic(P: Tensor, Q: Tensor, t: float) -> Tensor:
-    root, inverse_root = eigen_roots(P)
-    products = root @ semidefinite_power(root @ Q @ root, 0.5) @ inverse_root
-    return symmetrized((1 - t) ** 2 * P + t * t * Q + t * (1 - t) * (products + products.mT))
-
-
-@torch.no_grad()
-def _karcher_mean(X: Tensor, steps: int) -> Tensor:
-    B = X.mean(0)
-    for _ in range(steps):
-        root, inverse_root = eigen_roots(B)
-        flow = spd_log(inverse_root @ X @ inverse_root).mean(0)
-        B = symmetrized(root @ symmetric_exp(flow) @ root)
-    return B
-
-
-@torch.no_grad()
-def _affine_geodesic(P: Tensor, Q: Tensor, t: float) -> Tensor:
-    root, inverse_root = eigen_roots(P)
-    return symmetrized(root @ semidefinite_power(inverse_root @ Q @ inverse_root, t) @ root)

@@ -8,8 +8,9 @@ variance and Γ the parallel transport:
 
     V = Γ_{B→I}(log_B X̃),   Y = exp_I V,   Z = exp_I(s / √(v + ε) · log_I Y),   out = exp_G̃(Γ_{I→G̃}(log_I Z))
 
-The geometry is in ``_gbw_batchnorm_geometry``, the normalisations in ``_gbw_batchnorm_norms``, the network that they
-stand in in ``_gbw_batchnorm_layers``, its optimizer in ``_gbw_batchnorm_optimizer``.
+The geometry is in ``_gbw_batchnorm_geometry``, the normalisations in ``_gbw_batchnorm_norms`` and their statistics in
+``_gbw_batchnorm_means``, the network that they stand in in ``_gbw_batchnorm_layers``, its optimizer in
+``_gbw_batchnorm_optimizer``.
 """
 
 from provenn.nn._gbw_batchnorm_geometry import barycenter, dist, exp, geodesic, log, transport
