@@ -14,8 +14,8 @@ from provenn.contracts import BadInput, FunctionCase, ModuleCase, Symmetry
 from provenn.nn import _nn_audio_frames as frames
 from provenn.nn import _nn_audio_stft as stft
 from provenn.nn import audio
+from provenn.nn._nn_audio_decimation import decimate, low_pass
 from provenn.nn._nn_audio_frames import correlate, padded
-from provenn.nn._nn_audio_recursive import decimate, low_pass
 
 DOUBLE = {"dtype": torch.float64}
 RATE = 22050

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -11,58 +13,62 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_choice, check_integer, check_number
+from provenn.nn._nn_audio_banks import FilterBank, gammatone_filterbank, mel_filterbank
 from provenn.nn._nn_audio_frames import PadMode, Streaming, as_batch
-from provenn.nn._nn_audio_kernels import gammatone_filterbank, mel_filterbank, tensor_of
+from provenn.nn._nn_audio_kernels import tensor_of
 from provenn.nn._nn_audio_stft import STFT
 
 Trained = bool | Literal["bank", "stft"]
-_BANDS_A_BLOCK = 16
 
 
-class FilterBank(nn.Module):
-    """Multiply power spectra by a bank of filters.
+class _BandSpectrogram(Streaming):
+    """A bank of filters on the magnitudes of an STFT to a power; the subclass says which bank.
 
-    A fixed bank whose rows are mostly zero is kept as blocks of neighbouring bands, each with the bins between its
-    first and its last non-zero weight: an eighth of the work for 128 mel bands. A trained bank is one dense matrix.
+    ``bank_of`` returns the bank on a device and in a type.
     """
 
-    def __init__(self, bank: Float[Tensor, "bands bins"], trainable: bool, design: Float[Tensor, "bands bins"]) -> None:
+    def __init__(
+        self,
+        bank_of: Callable[..., Tensor],
+        sr: float,
+        n_fft: int,
+        win_length: int | None,
+        hop_length: int,
+        window: str,
+        center: bool,
+        pad_mode: PadMode,
+        power: float,
+        trainable: Trained,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
         super().__init__()
-        self.ranges = [(0, bank.shape[1])] if trainable else _ranges(design)
-        rows = bank.split(_BANDS_A_BLOCK if len(self.ranges) > 1 else len(bank))
-        for place, (block, (first, end)) in enumerate(zip(rows, self.ranges, strict=True)):
-            value = block[:, first:end].clone()
-            if trainable:
-                self.register_parameter(f"weight{place}", nn.Parameter(value))
-            else:
-                self.register_buffer(f"weight{place}", value)
+        check_number("power", power, above=0)
+        check_choice("trainable", trainable, (False, True, "bank", "stft"))
+        self.stft = STFT(
+            n_fft, win_length, None, hop_length, window, sr=sr, center=center, pad_mode=pad_mode,
+            trainable=trainable in (True, "stft"), device=device, dtype=dtype,
+        )  # fmt: skip
+        self.frame_length, self.hop_length, self.center, self.power = n_fft, hop_length, center, power
+        design = bank_of(device="cpu", dtype=torch.float64)
+        self.bank = FilterBank(bank_of(device=device, dtype=dtype), trainable in (True, "bank"), design)
 
-    def forward(self, power: Float[Tensor, "batch frames bins"]) -> Float[Tensor, "batch frames bands"]:
-        blocks = [
-            power[..., first:end] @ getattr(self, f"weight{place}").to(power.dtype).T
-            for place, (first, end) in enumerate(self.ranges)
-        ]
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -1)
+    def forward(self, x: Float[Tensor, "*batch samples"]) -> Float[Tensor, "batch bands frames"]:
+        """Return the spectrogram of a batch of clips.
 
+        Args:
+            x: Clips, of floating-point samples.
+        """
+        clips = as_batch(x)
+        bands = self._bands(clips) if self.stft.trainable else self.stft.in_blocks(self._bands, clips)
+        return bands.transpose(1, 2).to(x.dtype)
 
-def _ranges(design: Float[Tensor, "bands bins"]) -> list[tuple[int, int]]:
-    """Return the bins that each block of bands covers; all of them as one where few weights are zero."""
-    used = (design != 0).cpu()
-    bins = design.shape[1]
-    if used.double().mean() > 0.25 or len(design) <= _BANDS_A_BLOCK:
-        return [(0, bins)]
-    found = []
-    for block in used.split(_BANDS_A_BLOCK):
-        places = block.any(0).nonzero().flatten().tolist()
-        found.append((places[0], places[-1] + 1) if places else (0, 1))
-    return found
+    def _bands(self, x: Tensor) -> Tensor:
+        bands: Tensor = self.bank(self.stft.power(x, self.power))
+        return bands
 
 
-def _check_trained(trainable: object) -> None:
-    check_choice("trainable", trainable, (False, True, "bank", "stft"))
-
-
-class MelSpectrogram(Streaming):
+class MelSpectrogram(_BandSpectrogram):
     r"""Mel spectrogram: a bank of triangular filters on the magnitudes of an STFT to a power.
 
     .. math:: M_{m,t} = \sum_k B_{m,k}\, |X_{k,t}|^p
@@ -121,34 +127,13 @@ class MelSpectrogram(Streaming):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_number("power", power, above=0)
-        _check_trained(trainable)
-        self.stft = STFT(
-            n_fft, win_length, None, hop_length, window, sr=sr, center=center, pad_mode=pad_mode,
-            trainable=trainable in (True, "stft"), device=device, dtype=dtype,
-        )  # fmt: skip
-        self.frame_length, self.hop_length, self.center, self.power = n_fft, hop_length, center, power
-        design = mel_filterbank(sr, n_fft, n_mels, fmin, fmax, htk, norm, device="cpu", dtype=torch.float64)
-        bank = mel_filterbank(sr, n_fft, n_mels, fmin, fmax, htk, norm, device=device, dtype=dtype)
-        self.bank = FilterBank(bank, trainable in (True, "bank"), design)
-
-    def forward(self, x: Float[Tensor, "*batch samples"]) -> Float[Tensor, "batch n_mels frames"]:
-        """Return the mel spectrogram of a batch of clips.
-
-        Args:
-            x: Clips, of floating-point samples.
-        """
-        clips = as_batch(x)
-        bands = self._bands(clips) if self.stft.trainable else self.stft.in_blocks(self._bands, clips)
-        return bands.transpose(1, 2).to(x.dtype)
-
-    def _bands(self, x: Tensor) -> Tensor:
-        bands: Tensor = self.bank(self.stft.power(x, self.power))
-        return bands
+        bank_of = partial(mel_filterbank, sr, n_fft, n_mels, fmin, fmax, htk, norm)
+        super().__init__(
+            bank_of, sr, n_fft, win_length, hop_length, window, center, pad_mode, power, trainable, device, dtype
+        )
 
 
-class Gammatonegram(Streaming):
+class Gammatonegram(_BandSpectrogram):
     r"""Gammatonegram: the magnitude responses of gammatone filters on the magnitudes of an STFT to a power.
 
     Args:
@@ -200,31 +185,10 @@ class Gammatonegram(Streaming):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_number("power", power, above=0)
-        _check_trained(trainable)
-        self.stft = STFT(
-            n_fft, win_length, None, hop_length, window, sr=sr, center=center, pad_mode=pad_mode,
-            trainable=trainable in (True, "stft"), device=device, dtype=dtype,
-        )  # fmt: skip
-        self.frame_length, self.hop_length, self.center, self.power = n_fft, hop_length, center, power
-        design = gammatone_filterbank(sr, n_fft, n_bins, fmin, fmax, device="cpu", dtype=torch.float64)
-        bank = gammatone_filterbank(sr, n_fft, n_bins, fmin, fmax, device=device, dtype=dtype)
-        self.bank = FilterBank(bank, trainable in (True, "bank"), design)
-
-    def forward(self, x: Float[Tensor, "*batch samples"]) -> Float[Tensor, "batch n_bins frames"]:
-        """Return the gammatonegram of a batch of clips.
-
-        Args:
-            x: Clips, of floating-point samples.
-        """
-        clips = as_batch(x)
-        bands = self._bands(clips) if self.stft.trainable else self.stft.in_blocks(self._bands, clips)
-        return bands.transpose(1, 2).to(x.dtype)
-
-    def _bands(self, x: Tensor) -> Tensor:
-        bands: Tensor = self.bank(self.stft.power(x, self.power))
-        return bands
+        bank_of = partial(gammatone_filterbank, sr, n_fft, n_bins, fmin, fmax)
+        super().__init__(
+            bank_of, sr, n_fft, win_length, hop_length, window, center, pad_mode, power, trainable, device, dtype
+        )
 
 
 class MFCC(nn.Module):

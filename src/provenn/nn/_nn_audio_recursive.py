@@ -7,16 +7,14 @@ import math
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy.signal import firwin2
 from torch import Tensor, nn
-from torch.nn import functional
 
 from provenn.core.experiment.checks import check_number
 from provenn.nn._nn_audio_cqt import Normalization, SpectralBank, WaveBank, check_constant_q, finished
-from provenn.nn._nn_audio_frames import Output, PadMode, as_batch, correlate, padded
+from provenn.nn._nn_audio_decimation import decimate, early_factor, low_pass
+from provenn.nn._nn_audio_frames import Output, PadMode, as_batch, padded
 from provenn.nn._nn_audio_kernels import (
     FMIN,
-    Array,
     CQTKernels,
     kernel_lengths,
     octave_frequencies,
@@ -25,56 +23,11 @@ from provenn.nn._nn_audio_kernels import (
     waves,
 )
 
-_TAPS = 256
-_PHASES = 64
-"""Output samples of a low-pass filter that are computed as channels of one convolution."""
 _HANN_BANDWIDTH = 1.5
-_MOST_HALVINGS = 5
-"""Of one early filter: 256 taps are too few to part the bands of a signal thinned out by more than 32."""
-
-
-def low_pass(cutoff: float, transition: float) -> Array:
-    """Return the 256 taps of a low-pass filter, its cutoff given as a share of Nyquist's frequency."""
-    edges = [0.0, cutoff / (1 + transition), cutoff * (1 + transition), 1.0]
-    taps: Array = firwin2(_TAPS, edges, [1.0, 1.0, 0.0, 0.0])
-    return taps
-
-
-def decimate(
-    x: Float[Tensor, "batch samples"], taps: Float[Tensor, " taps"], factor: int
-) -> Float[Tensor, "batch fewer"]:
-    """Filter, and keep every ``factor``-th sample; zeros are assumed beyond the ends.
-
-    The same numbers as ``conv1d(x, taps, stride=factor, padding=127)``. 64 outputs at a time are the channels of one
-    convolution with shifted copies of the filter, since a convolution of one channel leaves a processor idle.
-    """
-    left, samples = (_TAPS - 1) // 2, x.shape[-1]
-    count = (samples + 2 * left - _TAPS) // factor + 1
-    shift = factor * (_PHASES - 1)
-    copies = functional.pad(taps, (shift, shift)).unfold(0, _TAPS + shift, factor).flip(0)
-    blocks = -(-count // _PHASES)
-    needed = (blocks - 1) * factor * _PHASES + _TAPS + shift
-    x = functional.pad(x, (left, needed - left - samples))
-    return correlate(x, copies, factor * _PHASES).transpose(1, 2).flatten(1)[:, :count]
-
-
-def early_factor(sr: float, hop_length: int, top: float, bandwidth: float, octaves: int) -> int:
-    """Return the power of two by which the signal can be thinned out before its first octave.
-
-    Args:
-        sr: Samples a second.
-        hop_length: Samples between frames, to be halved ``octaves − 1`` times and once more for every early halving.
-        top: Highest bin's frequency in Hz.
-        bandwidth: Half the width of its main lobe in Hz.
-        octaves: Number of octaves.
-    """
-    by_band = math.ceil(math.log2(0.85 * sr / 2 / (top + bandwidth))) - 2
-    twos = (hop_length & -hop_length).bit_length() - 1
-    return 2 ** max(0, min(by_band, twos - octaves + 1, _MOST_HALVINGS))
 
 
 class _Recursive(nn.Module):
-    """The recursion; a subclass says in which domain the kernels are."""
+    """The recursion, by kernels in the time domain unless a subclass says otherwise."""
 
     def __init__(
         self,
@@ -228,7 +181,7 @@ class CQT2010v2(_Recursive):
         )  # fmt: skip
 
 
-class CQT2010(_Recursive):
+class CQT2010(CQT2010v2):
     r"""Constant-Q transform octave by octave, by kernels in the frequency domain.
 
     As :class:`CQT2010v2`, with spectra of frames times the kernels' spectra in place of correlations.
@@ -272,30 +225,6 @@ class CQT2010(_Recursive):
 
     Source: Schörkhuber and Klapuri, SMC 2010; the paper's "CQT2010".
     """
-
-    def __init__(
-        self,
-        sr: float = 22050,
-        hop_length: int = 512,
-        fmin: float = FMIN,
-        fmax: float | None = None,
-        n_bins: int = 84,
-        bins_per_octave: int = 12,
-        filter_scale: float = 1.0,
-        window: str = "hann",
-        pad_mode: PadMode = "reflect",
-        early_downsample: bool = True,
-        trainable: bool = False,
-        output_format: Output = "Magnitude",
-        normalization: Normalization = "librosa",
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            sr, hop_length, fmin, fmax, n_bins, bins_per_octave, filter_scale, 0.0, window, pad_mode,
-            early_downsample, trainable, output_format, normalization, device, dtype,
-        )  # fmt: skip
 
     def _bank(self, kernels: CQTKernels, lengths: list[int]) -> nn.Module:
         return SpectralBank(kernels, self.trainable)
