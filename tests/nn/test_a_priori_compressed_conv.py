@@ -7,13 +7,23 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from provenn.contracts import BadInput, CompressorCase, Form, ModuleCase
+from provenn.contracts import (
+    BadInput,
+    CompressorCase,
+    Form,
+    FunctionCase,
+    KnownProblem,
+    ModuleCase,
+    RefusedProblem,
+    SolverCase,
+)
 from provenn.core.experiment.accounting import model_size
 from provenn.core.experiment.seeding import seeded
 from provenn.nn import (
@@ -21,9 +31,12 @@ from provenn.nn import (
     CPConvTranspose2d,
     OneWayConv2d,
     OneWayConvTranspose2d,
+    QuadMesh,
     Tucker2Conv2d,
     Tucker2ConvTranspose2d,
+    WaveFE2d,
     compress_before_training,
+    wave_dataset,
 )
 
 PLAIN = [(OneWayConv2d, {}), (OneWayConv2d, {"mode": "spatial"}), (CPConv2d, {}), (Tucker2Conv2d, {})]
@@ -156,12 +169,130 @@ def compressor_case(form, rank):
     )
 
 
+# the wave solver, on a rectangle whose matrices are products of those of two lines
+
+WIDTH, HEIGHT, COLUMNS, ROWS, SPEED, DT, STEPS = 2.0, 1.0, 7, 5, 1.7, 0.2, 30
+MESH = QuadMesh.rectangle(WIDTH, HEIGHT, COLUMNS, ROWS)
+MODE = torch.sin(math.pi * MESH.nodes[:, 0] / WIDTH) * torch.sin(math.pi * MESH.nodes[:, 1] / HEIGHT)
+
+
+def line_matrices(length, count):
+    """Mass and stiffness of hat functions on an interval."""
+    h, ends = length / count, np.diag([1.0] + [2.0] * (count - 1) + [1.0])
+    beside = np.eye(count + 1, k=1) + np.eye(count + 1, k=-1)
+    return h / 6 * (2 * ends + beside), (ends - beside) / h
+
+
+def mode_eigenvalue():
+    """c² times the sum of the two lines' quotients (2 − 2 cos θ)/h² · 3/(2 + cos θ), θ = π/count."""
+    turns = [(math.cos(math.pi / count), length / count) for length, count in ((WIDTH, COLUMNS), (HEIGHT, ROWS))]
+    return SPEED**2 * sum(6 * (1 - turn) / (2 + turn) / h**2 for turn, h in turns)
+
+
+def swinging():
+    """cos(nφ) with tan(φ/2) = ω dt/2: what the trapezoidal rule makes of cos(ωt)."""
+    phase = 2 * math.atan(DT * math.sqrt(mode_eigenvalue()) / 2)
+    return torch.cos(phase * torch.arange(STEPS + 1, dtype=torch.float64))[:, None]
+
+
+def wave_certificate(problem, result):
+    """Energy, work and their balance from the displacements, with matrices that are products of the lines'."""
+    (Mx, Kx), (My, Ky) = line_matrices(WIDTH, COLUMNS), line_matrices(HEIGHT, ROWS)
+    M, K = np.kron(My, Mx) / SPEED**2, np.kron(My, Kx) + np.kron(Ky, Mx)
+    u = result.displacement.numpy()
+    F = np.zeros_like(u) if problem["f"] is None else problem["f"].numpy() @ M
+    v, energy, work = np.zeros_like(u[0]), [], [0.0]
+    for n in range(STEPS + 1):
+        energy.append((v @ M @ v + u[n] @ K @ u[n]) / 2)
+        if n < STEPS:
+            moved = u[n + 1] - u[n]
+            v = 2 / DT * moved - v
+            work.append(work[-1] + moved @ (F[n] + F[n + 1]) / 2)
+    drift = np.abs(np.array(energy) - energy[0] - np.array(work)).max() / max(max(energy), 1e-300)
+    return {"energy": energy, "work": work, "dissipation": np.zeros(STEPS + 1), "energy_drift": drift, "residual": 0.0}
+
+
+def load_of(value):
+    return (value * MODE).expand(STEPS + 1, -1)
+
+
+WAVE_CASES = [
+    SolverCase(
+        part="provenn.nn.WaveFE2d",
+        make=lambda: WaveFE2d(MESH, SPEED, "clamped", DT),
+        solve=lambda solver, problem: solver.run(steps=STEPS, **problem),
+        answer=lambda result: result.displacement,
+        converged=lambda result: max(result.certificate.energy_drift, result.certificate.residual) < 1e-10,
+        known=(
+            KnownProblem("a standing wave", lambda: {"f": None, "initial": MODE}, lambda: swinging() * MODE, 1e-10),
+            KnownProblem(
+                "a load that starts and stays",
+                lambda: {"f": load_of(3.0)},
+                lambda: 3.0 / mode_eigenvalue() * (1 - swinging()) * MODE,
+                1e-10,
+            ),
+            KnownProblem("nothing moves", lambda: {"f": None}, lambda: torch.zeros(STEPS + 1, len(MODE)), 0.0),
+        ),
+        refused=(
+            RefusedProblem("an infinite load", lambda: {"f": load_of(math.inf)}, "finite"),
+            RefusedProblem("a load for other steps", lambda: {"f": load_of(1.0)[1:]}, "f must be of shape"),
+        ),
+        certificate=wave_certificate,
+        tolerance=1e-9,
+        excluded={"early_stop": "a run takes every step that it is asked for"},
+        bad_input=(
+            BadInput("mesh", lambda: WaveFE2d(MODE, 1.0, "clamped", 0.1), TypeError),
+            BadInput("c", lambda: WaveFE2d(MESH, -1.0, "clamped", 0.1)),
+            BadInput("c", lambda: WaveFE2d(MESH, torch.ones(3), "clamped", 0.1)),
+            BadInput("boundary", lambda: WaveFE2d(MESH, 1.0, "open", 0.1)),
+            BadInput("boundary", lambda: WaveFE2d(MESH, 1.0, {"hole": "free"}, 0.1)),
+            BadInput("dt", lambda: WaveFE2d(MESH, 1.0, "clamped", 0.0)),
+            BadInput("dt", lambda: WaveFE2d(MESH, 1.0, "clamped", 1.0, mass="lumped", method="explicit")),
+            BadInput("mass", lambda: WaveFE2d(MESH, 1.0, "clamped", 0.01, method="explicit")),
+            BadInput("method", lambda: WaveFE2d(MESH, 1.0, "clamped", 0.1, method="leapfrog")),
+            BadInput("steps", lambda: WaveFE2d(MESH, 1.0, "clamped", 0.1).run(None, 0)),
+            BadInput("f", lambda: WaveFE2d(MESH, 1.0, "clamped", 0.1).run(3.0, 2), TypeError),
+            BadInput("initial", lambda: WaveFE2d(MESH, 1.0, "clamped", 0.1).run(None, 2, torch.ones(3))),
+            BadInput("velocity", lambda: WaveFE2d(MESH, 1.0, "clamped", 0.1).run(None, 2, None, torch.ones(3))),
+        ),
+    ),
+    FunctionCase(
+        part="provenn.nn.QuadMesh",
+        call=lambda: QuadMesh.rectangle(1.0, 1.0, 4, 4, hole=(0.5, 0.5, 0.2)),
+        bad_input=(
+            BadInput("nodes", lambda: QuadMesh(MESH.nodes * math.nan, MESH.quads)),
+            BadInput("nodes", lambda: QuadMesh(MESH.nodes.long(), MESH.quads), TypeError),
+            BadInput("quads", lambda: QuadMesh(MESH.nodes, MESH.quads.flip(1))),
+            BadInput("quads", lambda: QuadMesh(MESH.nodes, MESH.quads + 1)),
+            BadInput("sides", lambda: QuadMesh(MESH.nodes, MESH.quads, {"left": MESH.sides["left"]})),
+            BadInput("width", lambda: QuadMesh.rectangle(0.0, 1.0, 2, 2)),
+            BadInput("columns", lambda: QuadMesh.rectangle(1.0, 1.0, 0, 2)),
+            BadInput("hole", lambda: QuadMesh.rectangle(1.0, 1.0, 2, 2, hole=(0.5, 0.5))),
+        ),
+    ),
+    FunctionCase(
+        part="provenn.nn.wave_dataset",
+        call=lambda: wave_dataset(2, torch.Generator().manual_seed(0), resolution=8, frames=2),
+        bad_input=(
+            BadInput("n", lambda: wave_dataset(0, torch.Generator())),
+            BadInput("generator", lambda: wave_dataset(1, None), TypeError),
+            BadInput("resolution", lambda: wave_dataset(1, torch.Generator(), resolution=0)),
+            BadInput("frames", lambda: wave_dataset(1, torch.Generator(), frames=0)),
+            BadInput("interval", lambda: wave_dataset(1, torch.Generator(), interval=-0.1)),
+            BadInput("boundary", lambda: wave_dataset(1, torch.Generator(), boundary="periodic")),
+            BadInput("dtype", lambda: wave_dataset(1, torch.Generator(), dtype=torch.int64), TypeError),
+        ),
+    ),
+]
+
+
 CASES = [
     *(module_case(form, plain_bad) for form in PLAIN),
     *(module_case(form, transposed_bad) for form in TRANSPOSED),
     compressor_case("one-way", 1),
     compressor_case("cp", 4),
     compressor_case("tucker", 3),
+    *WAVE_CASES,
 ]
 
 
