@@ -322,3 +322,29 @@ def test_the_costs_have_a_table_of_their_own_on_the_terminal() -> None:
     assert "96" in shown
     assert "Fades" not in shown
     assert len(table(comparison, rows).columns) == 6
+
+
+class Scaled(torch.nn.Module):
+    """Magnitudes in a unit of their own."""
+
+    def __init__(self, unit: float = 1.0) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.abs().unflatten(1, (20, 400)) / self.unit
+
+
+def test_the_unit_of_a_front_end_changes_nothing() -> None:
+    from provenn.compare.tasks.audio_features import AudioNetwork
+
+    networks = []
+    for unit in (1.0, 1e-4, 300.0):
+        torch.manual_seed(0)
+        networks.append(AudioNetwork(Scaled(unit), 8).eval())
+    x = 0.1 * torch.randn(2, 8000, generator=torch.Generator().manual_seed(0))
+    first, *others = (network(x) for network in networks)
+    for other in others:
+        torch.testing.assert_close(other, first)
+    # Ten times as loud a noise as the faint one is far into the logarithm.
+    assert networks[0].unit == pytest.approx(0.008, rel=0.05)

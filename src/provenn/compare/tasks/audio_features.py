@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from provenn.compare.layer_task import LayerTask
 from provenn.compare.task import LogUniform, Split
+from provenn.core.experiment.seeding import generator
 from provenn.data import load
 
 RATE, HOP, WINDOW = 8000, 128, 512
+FAINT = 0.01
 SHIFTS, STRIDE = 40, 125
 TEST_TAKES, VALIDATION_TAKES, TRAIN_TAKES = 5, 8, 18
 _FOURIER = {"sr": RATE, "n_fft": WINDOW, "hop_length": HOP}
@@ -30,19 +32,26 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 class AudioNetwork(nn.Module):
     """A front end, the logarithm of what it gives, batch norm of each band, three convolutions over time.
 
+    The logarithm is of 1 + |x| / s, where s is the mean that the front end gives for faint noise: so it bends powers
+    and magnitudes alike, whatever their unit.
+
     Args:
         front: (batch, samples) → (batch, bands, frames).
         width: Channels.
     """
 
+    unit: Tensor
+
     def __init__(self, front: nn.Module, width: int) -> None:
         super().__init__()
         self.front = front
         with torch.no_grad():
-            shape = tuple(front(torch.zeros(1, RATE)).shape)
+            faint = front(FAINT * torch.randn(1, RATE, generator=generator("faint noise")))
+        shape = tuple(faint.shape)
         if len(shape) != 3 or shape[0] != 1:
             raise ValueError(f"gives {shape} for a clip (1, {RATE}), not (1, bands, frames)")
         bands = shape[1]
+        self.register_buffer("unit", faint.abs().mean().clamp_min(torch.finfo(faint.dtype).tiny))
         self.norm = nn.BatchNorm1d(bands)
         self.body = nn.Sequential(
             nn.Conv1d(bands, width, 3, padding=1),
@@ -61,7 +70,7 @@ class AudioNetwork(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits."""
         features = self.front(x)
-        y: Tensor = self.body(self.norm(features.sign() * features.abs().log1p()))
+        y: Tensor = self.body(self.norm(features.sign() * (features.abs() / self.unit).log1p()))
         return y
 
 
