@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, Literal, Self
 
 import torch
@@ -16,7 +17,7 @@ Base = Literal["kaiming", "default", "keep"]
 BASES = ("kaiming", "default", "keep")
 
 
-class QuadraticLayer(nn.Module):
+class QuadraticLayer(nn.Module, ABC):
     """Three maps of one shape, r, g and b: (r(x) + b_r)(g(x) + b_g) + b(x ⊙ x) + c.
 
     ``g.bias`` holds b_g − 1. Whatever pulls parameters to 0 (weight decay, shrinking) so pulls the layer to the linear
@@ -107,8 +108,9 @@ class QuadraticLayer(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"x must be floating-point, got {x.dtype}")
 
+    @abstractmethod
     def _map(self, part: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """Return what a map of this kind makes of x, with a weight and a bias in place of its own."""
 
 
 class QuadraticLinear(QuadraticLayer):
