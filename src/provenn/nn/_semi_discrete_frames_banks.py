@@ -6,12 +6,20 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Inexact
+from jaxtyping import Inexact
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from provenn.core.experiment.checks import check_integer, check_number
 from provenn.core.numerics.frames import completing_filter, frame_bounds, littlewood_paley
+from provenn.nn._semi_discrete_frames_transfers import (
+    decay,
+    gaussian_wave,
+    lowpass,
+    radius,
+    smooth_step,
+    transfer_of,
+    wrapped,
+)
 
 _ROOT = math.sqrt(3)
 _DAUBECHIES: dict[int, tuple[float, ...]] = {
@@ -77,8 +85,7 @@ class FilterBank(nn.Module):
 
     def decay(self) -> float:
         """Return K, the largest |χ̂(ω)||ω| of the output-generating atom, ω in cycles a sample."""
-        chi = self.transfer()[self.output].detach().abs()
-        return float((chi * _radius(chi.shape, chi)).max())
+        return decay(self.transfer()[self.output])
 
     def scaled(self, factor: float) -> FilterBank:
         """Return the bank with all filters multiplied by a number.
@@ -117,7 +124,7 @@ class FilterBank(nn.Module):
         check_integer("moments", moments, at_least=1, at_most=max(_DAUBECHIES))
         taps = torch.tensor(_DAUBECHIES[moments], dtype=torch.float64) / 2
         signs = torch.tensor([(-1.0) ** n for n in range(len(taps))], dtype=torch.float64)
-        pairs = [_wrapped(torch.stack((taps, signs * taps.flip(0))), n) for n in grid]
+        pairs = [wrapped(torch.stack((taps, signs * taps.flip(0))), n) for n in grid]
         if len(grid) == 1:
             return cls(_default(pairs[0]))
         products = pairs[0][:, None, :, None] * pairs[1][None, :, None, :]
@@ -138,15 +145,15 @@ class FilterBank(nn.Module):
         _check_grid(grid, planes=True)
         check_integer("scales", scales, at_least=1)
         check_integer("orientations", orientations, at_least=1)
-        filters = [_transfer_of(_gaussian_wave(grid, 0.8 * 2 ** (scales - 1), 0.0, 0.0, 1.0))]
+        filters = [transfer_of(gaussian_wave(grid, 0.8 * 2 ** (scales - 1), 0.0, 0.0, 1.0))]
         for j in range(scales):
             width, frequency = 0.8 * 2**j, 0.75 * math.pi / 2**j
             for turn in range(orientations):
                 angle = math.pi * (orientations // 2 - 1 - turn) / orientations
-                wave = _gaussian_wave(grid, width, angle, frequency, 4 / orientations)
-                envelope = _gaussian_wave(grid, width, angle, 0.0, 4 / orientations)
+                wave = gaussian_wave(grid, width, angle, frequency, 4 / orientations)
+                envelope = gaussian_wave(grid, width, angle, 0.0, 4 / orientations)
                 # Without the mean of the wave the filter is blind to constants.
-                filters.append(_transfer_of(wave - wave.sum() / envelope.sum() * envelope))
+                filters.append(transfer_of(wave - wave.sum() / envelope.sum() * envelope))
         return cls(_default(torch.stack(filters)))
 
     @classmethod
@@ -188,11 +195,11 @@ class FilterBank(nn.Module):
         _check_grid(grid, planes=True)
         check_integer("scales", scales, at_least=1)
         check_integer("orientations", orientations, at_least=1)
-        octave = torch.log2(_radius(grid).clamp(min=1e-9) / 0.5) + scales
+        octave = torch.log2(radius(grid).clamp(min=1e-9) / 0.5) + scales
         rows, columns = (torch.fft.fftfreq(n, dtype=torch.float64) for n in grid)
         turn = torch.atan2(rows[:, None], columns) / math.pi % 1
         # Squares of neighbouring rises and falls add up to one.
-        rise = [_rise(octave - ring) for ring in range(scales)]
+        rise = [smooth_step(octave - ring) for ring in range(scales)]
         filters = [torch.sqrt((1 - rise[0] ** 2).clamp(min=0))]
         for ring in range(scales):
             radial = rise[ring] * (torch.sqrt((1 - rise[ring + 1] ** 2).clamp(min=0)) if ring + 1 < scales else 1)
@@ -243,16 +250,6 @@ class FilterBank(nn.Module):
         return cls(_with_lowpass(kernel.flip(tuple(range(1, kernel.ndim))), grid))
 
 
-def lowpass(grid: Sequence[int], width: float = 0.1) -> Float[Tensor, "*grid"]:
-    """Return a Gaussian transfer function of height 1.
-
-    Args:
-        grid: Sizes.
-        width: Standard deviation in cycles a sample.
-    """
-    return torch.exp(-0.5 * (_radius(grid) / width) ** 2)
-
-
 def _with_lowpass(taps: Tensor, grid: Sequence[int]) -> Tensor:
     dims = tuple(range(1, taps.ndim))
     filters = torch.fft.fftn(taps, s=tuple(grid), dim=dims)
@@ -273,40 +270,3 @@ def _check_grid(grid: Sequence[int], planes: bool = False) -> None:
         raise ValueError(f"grid must have {'two' if planes else 'one or two'} sizes, got {tuple(grid)}")
     for size in grid:
         check_integer("grid", size, at_least=2)
-
-
-def _radius(grid: Sequence[int], like: Tensor | None = None) -> Float[Tensor, "*grid"]:
-    """Return |ω| in cycles a sample."""
-    place = {"dtype": torch.float64} if like is None else {"dtype": like.dtype, "device": like.device}
-    squares = [torch.fft.fftfreq(n, **place) ** 2 for n in grid]
-    return (squares[0] if len(grid) == 1 else squares[0][:, None] + squares[1]).sqrt()
-
-
-def _wrapped(taps: Tensor, size: int) -> Tensor:
-    """Return the transfer functions of taps that may be longer than the circle."""
-    padded = F.pad(taps, (0, -taps.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-2)
-    return torch.fft.fft(padded)
-
-
-def _rise(t: Tensor) -> Tensor:
-    """Return a smooth step from 0 for t ≤ −½ to 1 for t ≥ ½."""
-    s = (t + 0.5).clamp(0, 1)
-    return torch.sin(0.5 * math.pi * s**4 * (35 - 84 * s + 70 * s**2 - 20 * s**3))
-
-
-def _gaussian_wave(grid: Sequence[int], width: float, angle: float, frequency: float, slant: float) -> Tensor:
-    """Return a wave under an elliptic Gaussian of sum about 1, wrapped round the grid five times."""
-    total = torch.zeros(*grid, dtype=torch.complex128)
-    cosine, sine = math.cos(angle), math.sin(angle)
-    for wrap in torch.cartesian_prod(torch.arange(-2, 3), torch.arange(-2, 3)).tolist():
-        y, x = (torch.arange(n, dtype=torch.float64) + turn * n for n, turn in zip(grid, wrap, strict=True))
-        y = y[:, None]
-        along, across = y * cosine + x * sine, -y * sine + x * cosine
-        envelope = torch.exp(-(along**2 + (slant * across) ** 2) / (2 * width**2))
-        total += torch.polar(envelope, (frequency * along).expand_as(envelope))
-    return total * slant / (2 * math.pi * width**2)
-
-
-def _transfer_of(taps: Tensor) -> Tensor:
-    """Return a transfer function that is real because the taps are symmetric but for conjugation."""
-    return torch.fft.fft2(taps).real

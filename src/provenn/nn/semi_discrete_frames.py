@@ -11,8 +11,9 @@ and the remaining low-pass atom χ of the next bank generates features, Φⁿ(f)
 n. If max(B, B L² R²) ≤ 1 in every layer, features change by no more than the signal does, shifts matter less the deeper
 the layer, and small deformations change little. The module computes the features and the constants of these bounds.
 
-The rooms: ``_semi_discrete_frames_banks`` (filters), ``_semi_discrete_frames_layer`` (one layer),
-``_semi_discrete_frames_probes`` (measurements beside bounds); here is the network.
+The rooms: ``_semi_discrete_frames_transfers`` (what filters are made of), ``_semi_discrete_frames_banks`` (filters),
+``_semi_discrete_frames_layer`` (one layer), ``_semi_discrete_frames_probes`` (measurements beside bounds); here is the
+network.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_choice
 from provenn.core.experiment.reports import Report
-from provenn.nn._semi_discrete_frames_banks import FilterBank, lowpass
+from provenn.nn._semi_discrete_frames_banks import FilterBank
 from provenn.nn._semi_discrete_frames_layer import ScatteringLayer
 from provenn.nn._semi_discrete_frames_probes import deform, deformation_probe, energy_probe, translation_probe
+from provenn.nn._semi_discrete_frames_transfers import decay, lowpass
 
 __all__ = [
     "FilterBank",
@@ -162,8 +164,7 @@ class GeneralizedScattering(nn.Module):
 
     def decays(self) -> list[float]:
         """Return K_n = max |χ̂_n(ω)||ω| for n = 0 … D, ω in cycles a sample of the layer's grid."""
-        banks = [FilterBank(torch.stack((chi, chi))) for chi in self._atoms()]
-        return [bank.decay() for bank in banks]
+        return [decay(chi) for chi in self._atoms()]
 
     def constants(self) -> ScatteringConstants:
         """Return the constants of the theorems."""
