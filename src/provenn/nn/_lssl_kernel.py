@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from provenn.core.sequences.state_space import krylov, repeated_squares
+
 
 class KrylovFactors(NamedTuple):
     """What the kernel needs of a system beside C.
@@ -37,16 +39,8 @@ def factorize(
     longest = 1 << (length - 1).bit_length()
     wanted = max(A.shape[-1], math.isqrt(length * channels - 1) + 1)
     block = min(1 << (wanted - 1).bit_length(), longest)
-    powers = [A]
-    while 1 << len(powers) < length:
-        powers.append(powers[-1] @ powers[-1])
-    columns = B[..., None]
-    place = 0
-    while columns.shape[-1] < min(block, length):
-        missing = min(block, length) - columns.shape[-1]
-        columns = torch.cat((columns, powers[place] @ columns[..., :missing]), -1)
-        place += 1
-    return KrylovFactors(columns, tuple(powers))
+    powers = repeated_squares(A, length)
+    return KrylovFactors(krylov(min(block, length), A, B, powers), powers)
 
 
 def convolution_kernel(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -44,18 +45,18 @@ def gbt(
     return moving, entering
 
 
-class Transition(nn.Module):
+class Transition(nn.Module, ABC):
     """Base: a system's A (…, N, N) and B (…, N), as parameters or as buffers."""
 
     d_state: int
     features: int | None
     """One system for each of so many features; ``None`` for one that all share."""
 
+    @abstractmethod
     def discretize(
         self, dt: Float[Tensor, " features"], alpha: float
     ) -> tuple[Float[Tensor, "features n n"], Float[Tensor, "features n"]]:
         """Return Ā and B̄ of every feature in float64."""
-        raise NotImplementedError
 
     def _hold(self, name: str, value: Tensor, trainable: bool) -> None:
         if trainable:

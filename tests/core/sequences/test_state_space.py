@@ -8,7 +8,7 @@ from scipy.linalg import expm
 from scipy.signal import cont2discrete
 from scipy.special import eval_laguerre, eval_legendre
 
-from provenn.core.sequences.state_space import generalized_bilinear, hippo, krylov
+from provenn.core.sequences.state_space import generalized_bilinear, hippo, krylov, repeated_squares
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(40)
 
@@ -115,6 +115,17 @@ def test_krylov_is_sequential_powers(length):
         columns.append(column)
         column = (A @ column[..., None])[..., 0]
     torch.testing.assert_close(krylov(length, A, b), torch.stack(columns, -1))
+    at_hand = krylov(length, A, b, repeated_squares(A, 17))
+    assert torch.equal(at_hand, krylov(length, A, b))
+
+
+@pytest.mark.parametrize(("length", "count"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (8, 3), (9, 4)])
+def test_repeated_squares_make_up_every_shorter_power(length, count):
+    A = torch.randn(2, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    squares = repeated_squares(A, length)
+    assert len(squares) == count
+    for place, power in enumerate(squares):
+        torch.testing.assert_close(power, torch.linalg.matrix_power(A, 2**place))
 
 
 def test_bad_input():
@@ -131,3 +142,7 @@ def test_bad_input():
         generalized_bilinear(torch.eye(2), torch.ones(2), 1.0, 1.0)
     with pytest.raises(ValueError, match="length"):
         krylov(0, A, B)
+    with pytest.raises(ValueError, match="length"):
+        repeated_squares(A, 0)
+    with pytest.raises(ValueError, match="squares must reach a length of 5, got 2"):
+        krylov(5, A, B, repeated_squares(A, 4))

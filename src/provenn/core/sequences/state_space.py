@@ -101,13 +101,45 @@ def generalized_bilinear(
     return solved[..., :-1], solved[..., -1]
 
 
-def krylov(length: int, A: Float[Tensor, "... n n"], b: Float[Tensor, "... n"]) -> Float[Tensor, "... n length"]:
+def repeated_squares(A: Float[Tensor, "*lead n n"], length: int) -> tuple[Tensor, ...]:
+    """Return A, A², A⁴, …: every power A^{2^i} with 2^i < L, and A itself.
+
+    Args:
+        A: The matrix.
+        length: L, the number of powers I, A, …, A^{L−1} that products of these make up.
+
+    Shape:
+        A (…, N, N), and each of the powers too.
+
+    Returns:
+        ⌈log₂ L⌉ powers, one at least.
+
+    Raises:
+        ValueError: ``length`` < 1.
+
+    Cost: O(N³ log L). Rounding grows with the powers: for HiPPO matrices of N ≥ 64 and L ≥ 1000 use float64.
+    Differentiable.
+    """
+    check_integer("length", length, at_least=1)
+    squares = [A]
+    while 1 << len(squares) < length:
+        squares.append(squares[-1] @ squares[-1])
+    return tuple(squares)
+
+
+def krylov(
+    length: int,
+    A: Float[Tensor, "... n n"],
+    b: Float[Tensor, "... n"],
+    squares: tuple[Tensor, ...] | None = None,
+) -> Float[Tensor, "... n length"]:
     """Return the Krylov matrix (b, Ab, A²b, …), by doubling: each product with a power A^{2^i} doubles its columns.
 
     Args:
         length: L, the number of columns.
         A: The matrix.
         b: The first column.
+        squares: :func:`repeated_squares` of A, for this length or a greater one, where they are at hand.
 
     Shape:
         A (…, N, N), b (…, N), leading dimensions broadcasting. The result (…, N, L).
@@ -116,18 +148,22 @@ def krylov(length: int, A: Float[Tensor, "... n n"], b: Float[Tensor, "... n"]) 
         The columns; the kernel of a state-space system is C times it.
 
     Raises:
-        ValueError: ``length`` < 1.
+        ValueError: ``length`` < 1, or too few ``squares``.
 
-    Cost: log₂ L squarings, O(N³ log L), and O(N² L) for the columns. Rounding grows with the powers: for HiPPO matrices
-    of N ≥ 64 and L ≥ 1000 use float64. Differentiable.
+    Cost: that of :func:`repeated_squares`, and O(N² L) for the columns. Differentiable.
 
     Source: Gu et al., NeurIPS 2021, appendix C.
     """
     check_integer("length", length, at_least=1)
-    columns = b[..., None].expand(*torch.broadcast_shapes(A.shape[:-2], b.shape[:-1]), -1, 1)
-    power = A
-    while (have := columns.shape[-1]) < length:
+    if squares is None:
+        squares = repeated_squares(A, length)
+    elif 1 << len(squares) < length:
+        raise ValueError(f"squares must reach a length of {length}, got {len(squares)} of them")
+    columns = b[..., None]
+    if b.shape != A.shape[:-1]:
+        columns = columns.expand(*torch.broadcast_shapes(A.shape[:-2], b.shape[:-1]), -1, 1)
+    for power in squares:
+        if (have := columns.shape[-1]) >= length:
+            break
         columns = torch.cat((columns, power @ columns[..., : length - have]), -1)
-        if columns.shape[-1] < length:
-            power = power @ power
     return columns
