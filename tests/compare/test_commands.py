@@ -230,3 +230,27 @@ def test_worker_processes_give_the_figures_of_this_process(inline, monkeypatch, 
         assert one["part"] == other["part"]
         assert one["tried"] == other["tried"]
         assert [run["score"] for run in one["runs"]] == [run["score"] for run in other["runs"]]
+
+
+def test_runs_are_kept_under_the_code_that_they_began_with(tmp_path, monkeypatch) -> None:
+    from provenn.claims.ledger import CellKey, Ledger, Record
+    from provenn.compare.keeping import Keeper, run_key
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    part, file = "begun_part.Mine", tmp_path / "begun_part.py"
+    file.write_text("Mine = 1\n")
+    cell = CellKey("optim/digits-mlp", part, "{}", 1, False)
+
+    def keeper(ledger: Ledger) -> Keeper:
+        run_key.cache_clear()
+        return Keeper(ledger, "optim", "digits-mlp", (part,), "cpu")
+
+    with Ledger(str(tmp_path / "ledger.sqlite")) as ledger:
+        first = keeper(ledger)
+        file.write_text("Mine = 2\n")
+        first.keep(cell, Record({"score": 1.0}))
+        assert first.find(cell) is not None
+        assert keeper(ledger).find(cell) is None
+        file.write_text("Mine = 1\n")
+        assert keeper(ledger).find(cell) is not None

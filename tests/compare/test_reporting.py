@@ -52,6 +52,8 @@ def test_parts_that_seeds_do_not_tell_apart_say_so() -> None:
     text = cells(rank(close, maximize=True))
     assert text[1][3].endswith("not told apart")
     assert text[1][4] == "defaults"
+    two = [PartResult(name, runs=[SeedRun(s, v, 1) for s in (1, 2)]) for name, v in (("a", 0.9), ("b", 0.1))]
+    assert cells(rank(two, maximize=True))[1][3] == "0.8 [0.8, 0.8], not told apart"
     single = [PartResult("a", runs=[SeedRun(1, 0.9, 1)]), PartResult("b", runs=[SeedRun(1, 0.1, 1)])]
     assert cells(rank(single, maximize=True))[1][2:4] == ("0.1", "0.8, not told apart")
 

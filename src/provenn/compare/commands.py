@@ -121,9 +121,9 @@ def _run(comparison: Comparison, workers: int, timeout: float, ledger: Ledger, f
     from provenn.compare.running import run_comparison, tuning_runs
 
     runs = tuning_runs(comparison) + comparison.seeds
-    keeper = Keeper(ledger, comparison.kind, comparison.task, comparison.device)
+    keeper = Keeper(ledger, comparison.kind, comparison.task, comparison.parts, comparison.device)
     if fresh:
-        keeper.forget(study_name(comparison.kind, comparison.task), comparison.parts)
+        keeper.forget(study_name(comparison.kind, comparison.task))
     console = Console(stderr=True)
     threads = max(1, _cores() // workers) if comparison.device.startswith("cuda") else 1
     executor = Workers(workers, threads, timeout)

@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import sysconfig
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -22,42 +23,40 @@ class Keeper:
     """What a comparison keeps, and has kept.
 
     Args:
-        ledger: Where; ``None``: nowhere.
+        ledger: Where.
         kind: Name of the kind.
         task: Name of the task.
-        device: Where its runs run.
+        parts: Names of the parts.
+        device: Where they run.
 
     Attributes:
         kept: Runs of this comparison that are in the ledger, from before or stored since.
     """
 
-    def __init__(self, ledger: Ledger | None, kind: str, task: str, device: str) -> None:
+    def __init__(self, ledger: Ledger, kind: str, task: str, parts: Sequence[str], device: str) -> None:
         self._ledger = ledger
-        self._names = (kind, task, device)
+        # All now, as files may change while the first part runs, which the workers do not see.
+        self._keys = {part: run_key(kind, task, device, part) for part in parts}
         self._known: dict[str, dict[CellKey, Record]] = {}
         self.kept = 0
 
     def find(self, key: CellKey) -> Record | None:
         """Return what a run left, if it was kept; counts it."""
-        if self._ledger is None:
-            return None
         if key.arm not in self._known:
-            self._known[key.arm] = self._ledger.finished(run_key(*self._names, key.arm))
+            self._known[key.arm] = self._ledger.finished(self._keys[key.arm])
         record = self._known[key.arm].get(key)
         self.kept += record is not None
         return record
 
     def keep(self, key: CellKey, record: Record) -> None:
         """Store what a run left, durably when this returns."""
-        if self._ledger is not None:
-            self._ledger.store(run_key(*self._names, key.arm), key, record)
-            self.kept += 1
+        self._ledger.store(self._keys[key.arm], key, record)
+        self.kept += 1
 
-    def forget(self, study: str, parts: tuple[str, ...]) -> None:
-        """Delete what was kept of some parts."""
-        if self._ledger is not None:
-            for part in parts:
-                self._ledger.forget(run_key(*self._names, part), (study,))
+    def forget(self, study: str) -> None:
+        """Delete what was kept of the parts."""
+        for key in self._keys.values():
+            self._ledger.forget(key, (study,))
 
 
 @cache

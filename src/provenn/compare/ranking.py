@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from provenn.compare.running import PartResult
 from provenn.core.experiment.statistics import Interval, bootstrap_mean, paired_difference
 
+TELLING_SEEDS = 3
+"""Of fewer, an interval is no more than their range: two agree in sign half the time where there is no difference."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -27,8 +30,8 @@ class Row:
 
     @property
     def beaten(self) -> bool:
-        """Whether the leader is better with its interval clear of 0 (over two seeds or more)."""
-        return self.behind is not None and len(self.result.runs) > 1 and self.behind.above_zero
+        """Whether the leader is better with its interval clear of 0, over seeds enough to say so."""
+        return self.behind is not None and len(self.result.runs) >= TELLING_SEEDS and self.behind.above_zero
 
     def mean_figure(self, name: str) -> float:
         """Return the mean over seeds of one of the kind's figures."""

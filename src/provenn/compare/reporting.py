@@ -90,7 +90,8 @@ def heading(comparison: Comparison) -> str:
 
 def _caption(comparison: Comparison) -> str:
     seeds = f"{comparison.seeds} seed{'s' if comparison.seeds > 1 else ''}"
-    interval = "mean over seeds and 95 % bootstrap interval" if comparison.seeds > 1 else "one seed says little"
+    words = {1: "one seed says little", 2: "mean and range: two seeds tell nothing apart"}
+    interval = words.get(comparison.seeds, "mean over seeds and 95 % bootstrap interval")
     runs = tuning_runs(comparison)
     tuning = f"{runs} tuning run{'s' if runs > 1 else ''} a part" if runs else "no tuning"
     return f"{tuning}, {seeds}; {interval}; task: {find_task(comparison.task).summary}"
