@@ -98,7 +98,8 @@ def surrogate(arm: str, width: int, kernel: int, outputs: int = 8) -> nn.Module:
     )
     if arm in COMPRESSED:
         rank, form = COMPRESSED[arm]
-        return compress_before_training(model, rank, form=form)[0]
+        smaller: nn.Module = compress_before_training(model, rank, form=form)[0]
+        return smaller
     for layer in model:
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             _draw_he(layer)

@@ -32,7 +32,8 @@ def canonical_tensor(factors: Sequence[Float[Tensor, "batch _ rank"]]) -> Float[
         factors (batch, n_k, R) → (batch, n₁, n₂, …).
     """
     sizes = [factor.shape[1] for factor in factors]
-    return _khatri_rao(factors).sum(dim=-1).unflatten(1, sizes)
+    tensors: Tensor = _khatri_rao(factors).sum(dim=-1).unflatten(1, sizes)
+    return tensors
 
 
 def canonical_factors(
@@ -135,7 +136,8 @@ def tucker_factors(
 
 def _leading(matrix: Tensor, count: int) -> Tensor:
     """The first left singular vectors; where the matrix is too narrow to have as many, any that complete them."""
-    return torch.linalg.svd(matrix, full_matrices=matrix.shape[1] < count).U[:, :count]
+    vectors: Tensor = torch.linalg.svd(matrix, full_matrices=matrix.shape[1] < count).U
+    return vectors[:, :count]
 
 
 def _khatri_rao(factors: Sequence[Tensor]) -> Tensor:
@@ -181,7 +183,8 @@ def _alternating(tensors: Tensor, rank: int, iterations: int) -> list[Tensor]:
 
 def _leading_vector(tensors: Tensor, mode: int) -> Tensor:
     unfolded = tensors.movedim(mode + 1, 1).flatten(2)
-    return torch.linalg.eigh(unfolded @ unfolded.mT).eigenvectors[..., -1:]
+    vectors: Tensor = torch.linalg.eigh(unfolded @ unfolded.mT).eigenvectors
+    return vectors[..., -1:]
 
 
 def _balanced(factors: Sequence[Tensor]) -> list[Tensor]:
