@@ -211,6 +211,9 @@ def test_without_a_task_or_parts_they_are_listed(inline) -> None:
     assert "it has a place for planted ones" in parts.stdout
     assert "references: planted" in parts.stdout
     assert "  LSSL" in parts.stdout
+    unknown = inline("search", "--task", "branin").stdout
+    assert "shows when it runs" in unknown
+    assert "all fit" not in unknown
     wrong = inline("optim", "--task", "compare.planted_layers.TASK")
     assert wrong.exit_code == 2
     assert "compares nn, not optim" in wrong.stderr

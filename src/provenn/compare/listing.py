@@ -39,6 +39,9 @@ def parts_in_words(kind: str, task: str) -> Iterator[str]:
     known = references(found, its)
     yield f"references: {', '.join(name for name in names if name in known) or 'none'}"
     yield f"parts: {', '.join(name for name in names if name not in known) or 'none'}"
+    if found.unfit is None:
+        yield f"whether a part of the kind {kind} fits shows when it runs"
+        return
     yield "what does not fit:" if reasons else "all fit"
     for line in by_reason(reasons):
         yield f"  {line}"
