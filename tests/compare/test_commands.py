@@ -199,7 +199,8 @@ def test_data_that_are_not_there_are_named_before_anything_runs(inline, tmp_path
     assert "task spoken-digits: data set 'fsdd' needs the file fsdd.npz" in result.stderr
 
 
-def test_without_a_task_or_parts_they_are_listed(inline) -> None:
+def test_without_a_task_or_parts_they_are_listed(inline, monkeypatch) -> None:
+    monkeypatch.setattr(lookup, "all_parts", lambda kind, task: ("LSSL", "compare.planted_layers.Refuses", "planted"))
     listed = inline("optim")
     assert listed.exit_code == 0
     assert "digits-mlp: " in listed.stdout
@@ -210,7 +211,8 @@ def test_without_a_task_or_parts_they_are_listed(inline) -> None:
     assert "planted-layers: planted; error" in parts.stdout
     assert "it has a place for planted ones" in parts.stdout
     assert "references: planted" in parts.stdout
-    assert "  LSSL" in parts.stdout
+    assert "compare.planted_layers.Refuses: width must be planted" in parts.stdout
+    monkeypatch.setattr(lookup, "all_parts", lambda kind, task: ("random",))
     unknown = inline("search", "--task", "branin").stdout
     assert "shows when it runs" in unknown
     assert "all fit" not in unknown
