@@ -275,7 +275,7 @@ class TestCases:
         assert exclusions_of(case) == {"export": "data decide", "bfloat16": "range"}
         assert set(table_of("module")) - set(checks_of(case)) == {"export", "bfloat16"}
 
-    @pytest.mark.parametrize("option", ["compile", "export", "empty_batch", "independent_samples"])
+    @pytest.mark.parametrize("option", ["compile", "export", "autocast", "empty_batch", "independent_samples"])
     def test_every_option_that_can_be_declared_away_is_a_check(self, option):
         case = ModuleCase("a.B", make=int, inputs=int, **{option: False, f"{option}_reason": "because"})
         assert option not in checks_of(case)

@@ -193,6 +193,14 @@ class BakesAConstant(Wrapped):
         return x
 
 
+class KeepsItsInputsType(Wrapped):
+    """Copies what a linear layer gives into a tensor of the inputs' type, which autocast makes another."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return x.new_zeros(y.shape).index_copy_(0, torch.arange(len(y), device=y.device), y)
+
+
 class KnowsPositions(Wrapped):
     def after(self, y):
         return y + torch.arange(y.shape[1], dtype=y.dtype, device=y.device)[:, None]
@@ -330,6 +338,7 @@ BROKEN = {
     "inputs_untouched": [broken(ScalesItsInput), broken(FreezesItself)],
     "compile": [broken(BranchesOnValues), broken(PrintsInside)],
     "export": [broken(BranchesOnValues), broken(BakesAConstant)],
+    "autocast": [broken(KeepsItsInputsType), broken(Cancels)],
     "symmetries": [
         broken(KnowsPositions, symmetries=(PERMUTATION,)),
         broken(Wrapped, symmetries=(replace(PERMUTATION, before=lambda inputs: inputs),)),

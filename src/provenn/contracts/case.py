@@ -223,6 +223,8 @@ class ModuleCase(Case):
         compile_reason: Why not.
         export: Whether ``torch.export`` works.
         export_reason: Why not.
+        autocast: Whether the module works under ``torch.autocast``, to ``bfloat16_tolerance``.
+        autocast_reason: Why not.
         empty_batch: Whether a batch of no samples works.
         empty_batch_reason: Why not.
     """
@@ -247,6 +249,8 @@ class ModuleCase(Case):
     compile_reason: str = ""
     export: bool = True
     export_reason: str = ""
+    autocast: bool = True
+    autocast_reason: str = ""
     empty_batch: bool = True
     empty_batch_reason: str = ""
 

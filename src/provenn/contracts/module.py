@@ -153,6 +153,23 @@ def check_export(case: ModuleCase) -> None:
             expect(error < 1e-9, f"the outputs differ by {error:.3g}")
 
 
+def check_autocast(case: ModuleCase) -> None:
+    """Under torch.autocast a float32 module gives outputs near its usual ones, and finite gradients in float32."""
+    module, inputs = build(case, torch.float32), inputs_of(case, torch.float32)
+    expected = call(module, inputs)
+    given = with_gradients(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = call(module, given)
+    error = error_between(output, expected)
+    expect(
+        error <= case.bfloat16_tolerance,
+        f"the outputs differ by {error:.3g}, the case allows {case.bfloat16_tolerance}",
+    )
+    shared.expect_gradients(module, output, tensors_in(given), "under autocast")
+    wrong = [name for name, p in module.named_parameters() if p.grad is not None and p.grad.dtype != p.dtype]
+    expect(not wrong, f"the gradients of {', '.join(wrong)} have another dtype than they")
+
+
 def check_symmetries(case: ModuleCase) -> None:
     """The declared symmetries hold."""
     module, inputs = build(case), inputs_of(case)
@@ -218,6 +235,7 @@ CHECKS: dict[str, Callable[[ModuleCase], None]] = {
     "inputs_untouched": shared.check_inputs_untouched,
     "compile": check_compile,
     "export": check_export,
+    "autocast": check_autocast,
     "symmetries": check_symmetries,
     "causality": check_causality,
     "forms": check_forms,
