@@ -9,7 +9,7 @@ import json
 import pytest
 from rich.console import Console
 
-from provenn.compare.plotting import mean_points
+from provenn.compare.plotting import mean_points, scale_of
 from provenn.compare.ranking import rank
 from provenn.compare.reporting import as_csv, cells, heading, plain, table, write
 from provenn.compare.running import Comparison, PartResult, SeedRun
@@ -119,3 +119,10 @@ def test_nothing_but_failures_can_be_written(tmp_path) -> None:
     for kind in ("optim", "compress"):
         assert len(write(Comparison(kind, "digits-mlp", ("a", "b"), 0, 2), rows, tmp_path)) == 4
     assert as_csv(rows).count("\n") == 3
+
+
+def test_an_axis_is_logarithmic_where_values_differ_by_a_factor_of_ten() -> None:
+    assert scale_of([1.0, 10.0]) == "log"
+    assert scale_of([9490.0, 13410.0]) == "linear"
+    assert scale_of([0.0, 1e6]) == "linear"
+    assert scale_of([]) == "linear"

@@ -86,8 +86,12 @@ def _against(axes: Axes, ranked: Sequence[Row], metric: str, maximize: bool, nam
         axes.annotate(part, point, xytext=(4, 4), textcoords="offset points", fontsize=7)
     best = sorted(front([(x, sign * y) for x, y in points.values()]))
     axes.step([x for x, _ in best], [sign * y for _, y in best], where="post", color="0.6", zorder=0)
-    scale = "log" if all(x > 0 for x, _ in points.values()) else "linear"
-    axes.set(xscale=scale, xlabel=name, ylabel=f"{metric} (mean over seeds)")
+    axes.set(xscale=scale_of([x for x, _ in points.values()]), xlabel=name, ylabel=f"{metric} (mean over seeds)")
+
+
+def scale_of(values: Sequence[float]) -> str:
+    """Return the scale of an axis: logarithmic for positive values that differ by a factor of ten or more."""
+    return "log" if values and min(values) > 0 and max(values) >= 10 * min(values) else "linear"
 
 
 def _courses(axes: Axes, ranked: Sequence[Row], metric: str, over: str) -> None:
