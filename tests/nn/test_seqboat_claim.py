@@ -50,6 +50,34 @@ def test_copying_asks_for_the_symbols_in_their_order():
     assert len({tuple(row.tolist()) for row in tokens.ne(tasks.BLANK)}) > 1
 
 
+def test_copying_without_blanks_is_the_symbols_and_then_the_cues():
+    x, y = tasks.copying(20, 16, generator(0))
+    assert torch.equal(x.argmax(-1)[:, :8], y)
+    assert x.argmax(-1)[:, 8:].eq(tasks.CUE).all()
+
+
+def test_sequences_grow_to_the_whole_length_in_half_of_the_epochs():
+    budget = claim.CLAIM.studies[claim.COPYING].tiers["small"].budget
+    lengths = [tasks.length_at(epoch, budget["length"], budget["window"]) for epoch in range(budget["epochs"])]
+    assert lengths == [16, 32, 48, 64, 80, 96, 112] + [128] * 9
+    assert budget["steps"] % budget["epochs"] == 0
+
+
+def test_every_arm_copies_with_the_same_optimizer_and_embedding():
+    for arm in tasks.ARMS:
+        torch.manual_seed(0)
+        model = tasks.build(arm, False, 32, 4, 2, 4)
+        assert model.encoder.weight.std().item() == pytest.approx(32**-0.5, rel=0.15)
+        optimizer = tasks.optimizer_of(model, False, 0.5)
+        assert optimizer.defaults["betas"] == (0.9, 0.98)
+        assert optimizer.defaults["lr"] == 0.5
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 3.0)
+        optimizer.step()
+        norm = sum(parameter.grad.square().sum() for parameter in model.parameters()).sqrt()
+        assert norm.item() == pytest.approx(1, rel=1e-4)
+
+
 def test_splits_share_no_take_and_are_standardised_by_the_training_clips():
     splits = tasks.spoken_digits(16, False)
     assert {name: len(split.y) for name, split in splits.items()} == {"test": 100, "validation": 100, "train": 400}

@@ -47,6 +47,11 @@ def copying(count: int, length: int, draws: torch.Generator) -> Split:
     return Split(F.one_hot(tokens, SYMBOLS).float(), symbols)
 
 
+def length_at(epoch: int, length: int, step: int) -> int:
+    """Return how long the sequences of an epoch are: one step more each epoch, up to the whole length."""
+    return min(length, step * (epoch + 1))
+
+
 @cache
 def spoken_digits(length: int, real: bool) -> dict[str, Split]:
     """Return log spectra of frames: takes 0 to 4 of the Free Spoken Digit set for test, 5 to 9 for validation.
@@ -129,12 +134,27 @@ def build(arm: str, spoken: bool, dim: int, zdim: int, ndim: int, window: int) -
         zdim=zdim, ndim=ndim, window=window, attn=attn, norm=norm, bidirectional=spoken, rel_pos_bias="local",
         init_temp_scale=1.0 if spoken else 0.3,
     )  # fmt: skip
+    if not spoken:
+        nn.init.normal_(model.encoder.weight, std=dim**-0.5)
     if arm == SEQBOAT:
         sparse: nn.Module = model
         return sparse
     chunk = window if arm == CHUNKED else None
     layers = [DenseLayer(dim, zdim, ndim, layer.norm, spoken, chunk, attn) for layer in model.layers]
     return DenseModel(model, layers)
+
+
+def optimizer_of(model: nn.Module, spoken: bool, lr: float) -> torch.optim.Optimizer:
+    """Build AdamW; for tokens with betas and clipping of the authors' runs on such data."""
+    if spoken:
+        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer.register_step_pre_hook(_clip)
+    return optimizer
+
+
+def _clip(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
 
 
 def logits_of(model: nn.Module, x: Tensor, spoken: bool) -> Tensor:

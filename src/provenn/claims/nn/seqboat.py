@@ -34,7 +34,9 @@ from provenn.claims.nn._seqboat_tasks import (
     build,
     copying,
     evaluate,
+    length_at,
     loss,
+    optimizer_of,
     spoken_digits,
 )
 from provenn.core.experiment.seeding import generator, seeded
@@ -46,7 +48,7 @@ GAIN, ACTIVATION, LOSS, COUNT = 0.05, 0.5, 0.01, 0.7
 
 
 def run(trial: Trial) -> Iterator[Event]:
-    """Train one arm by AdamW, the rate warmed up and then cosine, and test it."""
+    """Train one arm by AdamW, the rate warmed up and then cosine, on copying of sequences that grow, and test it."""
     sizes = {name: int(value) for name, value in trial.budget.items() if name != "data"}
     spoken, length, batch = trial.study == SPOKEN, sizes["length"], sizes["batch_size"]
     if spoken:
@@ -61,12 +63,12 @@ def run(trial: Trial) -> Iterator[Event]:
     def batches(epoch: int) -> Iterator[tuple[Tensor, ...]]:
         draws = generator(trial.seed, "batches", epoch)
         for x, y in _spoken_batches(splits["train"], steps, batch, draws) if spoken else (
-            copying(batch, length, draws) for _ in range(steps)
+            copying(batch, length_at(epoch, length, sizes["window"]), draws) for _ in range(steps)
         ):  # fmt: skip
             yield x.to(trial.device), y.to(trial.device)
 
     total = epochs * steps
-    optimizer = torch.optim.AdamW(model.parameters(), lr=float(trial.settings["lr"]), weight_decay=0.01)
+    optimizer = optimizer_of(model, spoken, float(trial.settings["lr"]))
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(10 * (step + 1) / total, 0.5 * (1 + math.cos(math.pi * step / total)))
     )
@@ -130,7 +132,7 @@ def judge(evidence: Evidence) -> Verdict:
     return Verdict(outcome, reason, margins)
 
 
-_RATES = tuple({"lr": rate} for rate in (1e-3, 3e-3))
+_COPYING_RATES, _SPOKEN_RATES = (tuple({"lr": rate} for rate in rates) for rates in ((1e-2, 2e-2), (1e-3, 3e-3)))
 _MODEL: dict[str, Scalar] = {"dim": 32, "zdim": 32, "ndim": 16, "window": 16, "batch_size": 32}
 _TINY: dict[str, Scalar] = {"dim": 8, "zdim": 8, "ndim": 4, "window": 16, "batch_size": 16}
 
@@ -156,10 +158,10 @@ CLAIM = Claim(
             arms=ARMS,
             tiers={
                 "smoke": Tier(1, {**_TINY, "length": 32, "held": 64, "steps": 6, "epochs": 2}),
-                "small": Tier(3, {**_MODEL, "length": 128, "held": 256, "steps": 100, "epochs": 2}),
+                "small": Tier(3, {**_MODEL, "length": 128, "held": 256, "steps": 1200, "epochs": 16}),
                 "full": Tier(3, {**_MODEL, "dim": 64, "length": 128, "held": 2048, "steps": 20_000, "epochs": 20}),
             },
-            tuning=Tuning(_RATES, metric="validation_accuracy"),
+            tuning=Tuning(_COPYING_RATES, metric="validation_accuracy"),
         ),
         SPOKEN: Study(
             arms=ARMS,
@@ -168,7 +170,7 @@ CLAIM = Claim(
                 "small": Tier(3, {**_MODEL, "data": "fsdd", "length": 256, "steps": 100, "epochs": 2}),
                 "full": Tier(3, {**_MODEL, "dim": 64, "data": "fsdd", "length": 256, "steps": 10_000, "epochs": 20}),
             },
-            tuning=Tuning(_RATES, metric="validation_accuracy"),
+            tuning=Tuning(_SPOKEN_RATES, metric="validation_accuracy"),
         ),
     },
     comparisons=(
@@ -183,9 +185,14 @@ CLAIM = Claim(
     deviations=(
         "Selective copying and the Free Spoken Digit set stand in for Long Range Arena, Speech Commands and enwik8: "
         "two layers of 32 channels.",
-        "100 steps a run, so that all runs take some six minutes of a busy core, where 25 s and 20 s a run were "
-        "estimated. Selective copying is not learned in so few: a trial run of SeqBoat of 2 000 steps had only begun "
-        "to.",
+        "Selective copying: 1 200 steps a run. Sequences grow while training, by 16 elements an epoch, from 16 without "
+        "a blank to 128 after half of the steps; validation and test have 128 throughout. Without that MEGA-chunk gets "
+        "18 % of the symbols after 600 steps, where chance is 12.5 %.",
+        "Selective copying: rates 0.01 and 0.02 in place of 0.001 and 0.003. Betas (0.9, 0.98), gradients clipped to a "
+        "norm of 1, and symbols embedded with a deviation of 1/√D are those of the authors' runs on tokens.",
+        "These settings of copying, the same in all arms, were chosen by MEGA-chunk's and EMA's validation accuracy "
+        "alone, before SeqBoat was trained with them, after a run of 100 steps had left all three arms at chance.",
+        "Spoken digits: 100 steps a run, so that all runs keep to the tier's time.",
         "Spoken digits enter as log spectra of 256 frames of 64 samples, 32 apart; clips are cut or filled to 1.03 s.",
         "Options follow the authors' runs on like data, in all arms: copying softmax, layer norm and temperature scale "
         "0.3; digits relu², batch norm and scale 1; packed positions in both.",
