@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,31 @@ def test_a_layer_with_constraints_is_projected_after_every_step() -> None:
         factors[part] = 2 - (score / setup.split.x_test.square().mean().item()) ** 0.5
     assert factors[Bounded] == pytest.approx(1.5)
     assert factors[Layer] > 1.6
+
+
+@pytest.mark.parametrize("part", [Layer, Bounded])
+def test_a_task_may_shorten_gradients_and_not_lengthen_them(part, monkeypatch) -> None:
+    from provenn.compare.kinds.nn import run
+
+    norms = []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self, closure=None: norms.append(_norm(self)))
+    for clip in (None, 0.5, 1e6):
+        list(run(replace(TASK, clip=clip).setup(1, "cpu", tuning=False), part, {}))
+    free, short, long = norms[:6], norms[6:12], norms[12:]
+    assert min(free) > 1
+    assert short == pytest.approx([0.5] * 6, rel=1e-4)
+    assert long == free
+
+
+def _norm(optimizer: torch.optim.Optimizer) -> float:
+    gradients = [one.grad for group in optimizer.param_groups for one in group["params"] if one.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients).item()
+
+
+def test_sequence_tasks_shorten_gradients() -> None:
+    from provenn.compare.tasks import etth1_forecasting, sequential_digits, spoken_digits
+
+    assert all(one.TASK.clip == 1 for one in (etth1_forecasting, sequential_digits, spoken_digits))
 
 
 def test_what_does_not_fit_says_why() -> None:

@@ -45,6 +45,7 @@ class LayerTask:
         metric: Its name.
         maximize: Whether more of it is better.
         references: Parts that come with the task, by name.
+        clip: The norm that every step's gradient is shortened to; ``None``: it is left as it is.
         place: What it has a place for, in words: the layer, how it is called, and on what.
     """
 
@@ -63,6 +64,7 @@ class LayerTask:
     metric: str = "accuracy"
     maximize: bool = True
     references: Mapping[str, Any] = field(default_factory=dict)
+    clip: float | None = None
     place: str = ""
 
     def setup(self, seed: int, device: str, tuning: bool) -> LayerSetup:

@@ -31,7 +31,7 @@ def run(setup: LayerSetup, part: Any, settings: Settings) -> Iterator[Event]:
         yield Metric(name, value)
     optimizer = torch.optim.Adam(model.parameters(), lr=float(settings.get("lr", DEFAULT_RATE)))
     steps = 0
-    update = _projecting(model, optimizer, task)
+    update = _update(model, optimizer, task)
     for epoch in train(model, optimizer, setup.batches, task.loss, epochs=task.epochs, update=update):
         steps = epoch.step
         yield Progress(epoch.index + 1, task.epochs)
@@ -40,10 +40,10 @@ def run(setup: LayerSetup, part: Any, settings: Settings) -> Iterator[Event]:
     yield Metric("score", setup.measure(model))
 
 
-def _projecting(model: nn.Module, optimizer: torch.optim.Optimizer, task: LayerTask) -> Update | None:
-    """Return a step that keeps the constraints of layers with a ``project_`` method; ``None`` if there are none."""
+def _update(model: nn.Module, optimizer: torch.optim.Optimizer, task: LayerTask) -> Update | None:
+    """Return a step that clips gradients, and projects layers that have ``project_``; ``None`` for neither."""
     constrained = [module for module in model.modules() if callable(getattr(module, "project_", None))]
-    return partial(_step, model, optimizer, task, constrained) if constrained else None
+    return partial(_step, model, optimizer, task, constrained) if constrained or task.clip is not None else None
 
 
 def _step(
@@ -52,6 +52,8 @@ def _step(
     optimizer.zero_grad()
     loss = task.loss(model, *batch)
     loss.backward()  # type: ignore[no-untyped-call]  # torch's own
+    if task.clip is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), task.clip)
     optimizer.step()
     for module in constrained:
         module.project_()

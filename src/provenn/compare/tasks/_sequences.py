@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 BLOCKS = 2
+CLIP = 1.0
+"""Gradients through hundreds of steps explode now and then, and one such step can undo a training."""
 Adapter = Callable[[Any, int], nn.Module]
 """``adapter(part, width)`` makes a layer (batch, time, width) → (batch, time, width), or a tuple that begins so."""
 

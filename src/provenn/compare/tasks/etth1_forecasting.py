@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from provenn.compare.layer_task import LayerTask
 from provenn.compare.task import LogUniform, Split
-from provenn.compare.tasks._sequences import PLACE, REFERENCES, SequenceNetwork, sequence_layer
+from provenn.compare.tasks._sequences import CLIP, PLACE, REFERENCES, SequenceNetwork, sequence_layer
 from provenn.core.experiment.training import predict
 from provenn.data import load
 
@@ -102,5 +102,6 @@ TASK = LayerTask(
     metric="MSE",
     maximize=False,
     references={**REFERENCES, "last-value": LastValue},
+    clip=CLIP,
     place=PLACE,
 )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from provenn.compare.layer_task import LayerTask
 from provenn.compare.task import LogUniform, Split
-from provenn.compare.tasks._sequences import PLACE, REFERENCES, SequenceNetwork, sequence_layer
+from provenn.compare.tasks._sequences import CLIP, PLACE, REFERENCES, SequenceNetwork, sequence_layer
 from provenn.core.experiment.seeding import generator
 from provenn.data import load
 
@@ -44,5 +44,6 @@ TASK = LayerTask(
     batch_size=50,
     parameters=10_000,
     references=REFERENCES,
+    clip=CLIP,
     place=PLACE,
 )

@@ -7,7 +7,7 @@ from torch import nn
 
 from provenn.compare.layer_task import LayerTask
 from provenn.compare.task import LogUniform, Split
-from provenn.compare.tasks._sequences import PLACE, REFERENCES, SequenceNetwork, sequence_layer
+from provenn.compare.tasks._sequences import CLIP, PLACE, REFERENCES, SequenceNetwork, sequence_layer
 from provenn.data import load
 
 RATE, SAMPLES = 4, 8
@@ -42,5 +42,6 @@ TASK = LayerTask(
     batch_size=50,
     parameters=10_000,
     references=REFERENCES,
+    clip=CLIP,
     place=PLACE,
 )
