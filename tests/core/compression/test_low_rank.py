@@ -101,6 +101,17 @@ def test_zeros_and_types():
     assert all(factor.dtype == torch.float32 and (factor == 0).all() for factor in factors)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-30, 1e30, 1e300])
+@pytest.mark.parametrize("rank", [1, 2, 6, 12])
+def test_very_small_and_large_tensors_are_fitted_as_well(rank: int, scale: float):
+    tensors = randn(3, 5, 4, 3)
+    factors = canonical_factors(tensors * scale, rank)
+    # a third of the scale is in each factor
+    plain = canonical_tensor([factor / scale ** (1 / 3) for factor in factors])
+    torch.testing.assert_close(plain, canonical_tensor(canonical_factors(tensors, rank)), rtol=1e-6, atol=1e-6)
+    assert ((tensors - plain).flatten(1).norm(dim=1) < 0.95 * tensors.flatten(1).norm(dim=1)).all()
+
+
 def test_the_terms_are_balanced():
     norms = torch.stack([factor.norm(dim=1) for factor in canonical_factors(randn(3, 5, 4, 3), 2)])
     torch.testing.assert_close(norms, norms.mean(dim=0).expand_as(norms), rtol=1e-8, atol=0)
@@ -111,11 +122,14 @@ def test_against_tensorly():
     decomposition = pytest.importorskip("tensorly.decomposition")
     tensor = randn(1, 6, 5, 4)
     for rank in (1, 2, 3):
-        runs = [
-            decomposition.parafac(tensor[0].numpy(), rank, n_iter_max=500, init="random", random_state=seed, tol=1e-12)
-            for seed in range(8)
-        ]
-        best = min(float(((tensor[0].numpy() - tensorly.cp_to_tensor(run)) ** 2).sum()) for run in runs) ** 0.5
+        with tensorly.backend_context("numpy"):  # importing TensorLy-Torch, in another test, changes the default
+            runs = [
+                decomposition.parafac(
+                    tensor[0].numpy(), rank, n_iter_max=500, init="random", random_state=seed, tol=1e-12
+                )
+                for seed in range(8)
+            ]
+            best = min(float(((tensor[0].numpy() - tensorly.cp_to_tensor(run)) ** 2).sum()) for run in runs) ** 0.5
         assert error(tensor, rank, iterations=300).item() <= 1.02 * best
 
 
@@ -140,8 +154,11 @@ def test_tucker_error_falls_with_iterations_and_equals_tensorly():
 
     errors = [left_over(iterations) for iterations in (0, 1, 2, 5, 20, 100)]
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(errors))
-    (core, factors), _ = decomposition.partial_tucker(tensor.numpy(), [3, 2], modes=[0, 1], n_iter_max=500, tol=1e-12)
-    found = tensorly.tenalg.multi_mode_dot(core, factors, modes=[0, 1])
+    with tensorly.backend_context("numpy"):
+        (core, factors), _ = decomposition.partial_tucker(
+            tensor.numpy(), [3, 2], modes=[0, 1], n_iter_max=500, tol=1e-12
+        )
+        found = tensorly.tenalg.multi_mode_dot(core, factors, modes=[0, 1])
     assert errors[-1] == pytest.approx(float(((tensor.numpy() - found) ** 2).sum()) ** 0.5, rel=1e-3)
 
 
@@ -162,6 +179,9 @@ def test_tucker_with_a_narrow_unfolding():
         ("rank", lambda: canonical_factors(randn(2, 3, 3), 0)),
         ("iterations", lambda: canonical_factors(randn(2, 3, 3), 1, 0)),
         ("tensors", lambda: canonical_factors(randn(2, 3), 1)),
+        ("tensors must be finite", lambda: canonical_factors(randn(2, 3, 3) / 0, 1)),
+        ("tensors must be finite", lambda: canonical_factors(randn(2, 3, 3) * math.nan, 3)),
+        ("matrices must be finite", lambda: tucker_factors(randn(2, 3) * math.nan, (1, 1))),
         ("ranks", lambda: tucker_factors(randn(2, 3), (3, 1))),
         ("ranks", lambda: tucker_factors(randn(2, 3), (1, 0))),
         ("iterations", lambda: tucker_factors(randn(2, 3), (1, 1), -1)),
@@ -170,3 +190,11 @@ def test_tucker_with_a_narrow_unfolding():
 def test_bad_input_is_named(name: str, call):
     with pytest.raises(ValueError, match=name):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex128])
+def test_only_real_numbers_are_approximated(dtype: torch.dtype):
+    with pytest.raises(TypeError, match="tensors must be real floating-point"):
+        canonical_factors(torch.ones(2, 3, 3, dtype=dtype), 1)
+    with pytest.raises(TypeError, match="matrices must be real floating-point"):
+        tucker_factors(torch.ones(2, 3, dtype=dtype), (1, 1))

@@ -59,7 +59,8 @@ def canonical_factors(
         The factors, for :func:`canonical_tensor`.
 
     Raises:
-        ValueError: ``rank`` < 1, ``iterations`` < 1, or fewer than two modes.
+        ValueError: ``rank`` < 1, ``iterations`` < 1, fewer than two modes, or an entry that is not finite.
+        TypeError: ``tensors`` are not real floating-point.
 
     Cost: for each term and sweep, and each mode, a least-squares problem of Π n_k × R.
     """
@@ -67,14 +68,19 @@ def canonical_factors(
     check_integer("iterations", iterations, at_least=1)
     if tensors.ndim < 3:
         raise ValueError(f"tensors must have a batch and two modes or more, got shape {tuple(tensors.shape)}")
-    wide = tensors.detach().double()
+    wide = _double("tensors", tensors)
+    # squares of entries would leave the range of float64 where the entries are very small or large
+    scale = wide.flatten(1).abs().amax(dim=1)
+    scale = torch.where(scale > 0, scale, 1.0)
+    wide = wide / scale.reshape(-1, *[1] * (wide.ndim - 1))
     if rank >= tensors[0].numel() // max(tensors.shape[1:]):
         factors = _exact(wide, rank)
     elif wide.ndim == 3:
         factors = _singular(wide, rank)
     else:
         factors = _alternating(wide, rank, iterations)
-    return [factor.to(tensors.dtype) for factor in _balanced(factors)]
+    root = (scale ** (1 / len(factors)))[:, None, None]
+    return [(factor * root).to(tensors.dtype) for factor in _balanced(factors)]
 
 
 def alternating_sweep(
@@ -117,14 +123,15 @@ def tucker_factors(
         U, G and V in the tensor's type.
 
     Raises:
-        ValueError: A rank < 1 or above its mode's size, or ``iterations`` < 0.
+        ValueError: A rank < 1 or above its mode's size, ``iterations`` < 0, or an entry that is not finite.
+        TypeError: ``matrices`` are not real floating-point.
 
     Cost: two singular value decompositions an iteration.
     """
     for mode, rank in enumerate(ranks):
         check_integer("ranks", rank, at_least=1, at_most=matrices.shape[mode])
     check_integer("iterations", iterations, at_least=0)
-    wide = matrices.detach().double().flatten(2)
+    wide = _double("matrices", matrices).flatten(2)
     right = _leading(wide.movedim(1, 0).flatten(1), ranks[1])
     left = _leading(torch.einsum("mnz,nq->mqz", wide, right).flatten(1), ranks[0])
     for _ in range(iterations):
@@ -132,6 +139,14 @@ def tucker_factors(
         left = _leading(torch.einsum("mnz,nq->mqz", wide, right).flatten(1), ranks[0])
     core = torch.einsum("mnz,mp,nq->pqz", wide, left, right).reshape(*ranks, *matrices.shape[2:])
     return left.to(matrices), core.to(matrices), right.to(matrices)
+
+
+def _double(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be real floating-point, got {tensor.dtype}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} must be finite, got NaN or infinite entries")
+    return tensor.detach().double()
 
 
 def _leading(matrix: Tensor, count: int) -> Tensor:
