@@ -6,6 +6,7 @@ import math
 import pickle
 import subprocess
 import sys
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -162,6 +163,10 @@ def compressor_case(form, rank):
             BadInput("form", lambda: compress_before_training(network(), 1, form="svd")),
             BadInput("model", lambda: compress_before_training(torch.ones(3), 1), TypeError),
             BadInput("layers", lambda: compress_before_training(network(), 1, layers="0"), TypeError),
+            BadInput(
+                "example_inputs", lambda: compress_before_training(network(), 1, torch.ones(2, 1, 8, 8)), TypeError
+            ),
+            BadInput("model", lambda: compress_before_training(nn.Sequential(nn.LazyConv2d(4, 3)), 1)),
             BadInput("layers", lambda: compress_before_training(network(), 1, layers=["9"])),
             BadInput("layers", lambda: compress_before_training(network(), 1, layers=["1"])),
             BadInput("groups", lambda: compress_before_training(network(), 1, layers=["4"])),
@@ -536,6 +541,23 @@ def test_from_dense_keeps_geometry_type_and_mode(form):
     torch.testing.assert_close(layer(x), dense(x), rtol=0, atol=1e-9)
 
 
+def test_from_dense_leaves_the_state_of_a_parametrization():
+    dense = parametrizations.spectral_norm(nn.Conv2d(3, 4, 3, dtype=torch.float64))
+    state = copy.deepcopy(dense.state_dict())
+    layer = OneWayConv2d.from_dense(dense, 9)
+    assert all(torch.equal(value, state[name]) for name, value in dense.state_dict().items())
+    assert dense.training
+    assert layer.training
+    assert (layer.to_dense() - dense.eval().weight).abs().max() < 1e-12
+
+
+def filled(value, dtype=torch.float32):
+    dense = nn.Conv2d(4, 4, 3, dtype=dtype)
+    nn.init.constant_(dense.weight, value)
+    return dense
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 @pytest.mark.parametrize(
     ("call", "error", "name"),
     [
@@ -543,6 +565,9 @@ def test_from_dense_keeps_geometry_type_and_mode(form):
         (lambda: OneWayConv2d.from_dense(nn.Conv2d(4, 4, 1)), ValueError, "kernel_size"),
         (lambda: OneWayConv2d.from_dense(nn.Conv2d(4, 4, 3), 0), ValueError, "rank"),
         (lambda: OneWayConv2d.from_dense(nn.Conv2d(4, 4, 3), 1, 0), ValueError, "iterations"),
+        (lambda: OneWayConv2d.from_dense(filled(math.nan), 9), ValueError, "conv must have finite weights"),
+        (lambda: Tucker2Conv2d.from_dense(filled(math.inf)), ValueError, "conv must have finite weights"),
+        (lambda: CPConv2d.from_dense(filled(1j, torch.complex64)), TypeError, "conv must have real weights"),
         (lambda: OneWayConv2d.from_dense(nn.ConvTranspose2d(4, 4, 3)), TypeError, "nn.Conv2d"),
         (lambda: OneWayConvTranspose2d.from_dense(nn.Conv2d(4, 4, 3)), TypeError, "nn.ConvTranspose2d"),
         (lambda: OneWayConv2d(2, 2, 3, mode="depth"), ValueError, "mode"),
@@ -618,6 +643,11 @@ def test_a_layer_used_twice_stays_one():
     assert smaller[0] is smaller[2]
     assert len(report.layers) == 1
     assert report.params == 4 * (4 + 3 + 3) + 4
+    for name in ("2", "inner", "inner.0"):  # it answers to each of its names
+        model = nn.Sequential(OrderedDict([("0", conv), ("2", conv), ("inner", nn.Sequential(conv))]))
+        smaller, report = compress_before_training(model, 1, layers=[name])
+        assert smaller[0] is smaller[1] is smaller[2][0]
+        assert [one.name for one in report.layers] == ["0"]
 
 
 def test_what_cannot_shrink_is_left_and_told():
@@ -653,6 +683,10 @@ def test_modes_and_frozen_layers_are_kept():
     smaller, _ = compress_before_training(model, 1)
     assert not any(part.training for part in smaller.modules())
     assert [p.requires_grad for p in smaller.parameters()] == [False] * 4 + [True] * 4
+    model[1].weight.requires_grad_(False)
+    model[0].bias.requires_grad_()
+    smaller, _ = compress_before_training(model, 1)
+    assert [p.requires_grad for p in smaller.parameters()] == [False, False, False, True] * 2
 
 
 def test_tucker_ranks_are_cut_to_the_channels():

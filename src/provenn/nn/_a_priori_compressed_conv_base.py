@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from provenn.core.experiment.checks import check_choice, check_integer
+from provenn.core.experiment.recording import evaluating
 
 Pair = tuple[int, int]
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
@@ -192,14 +193,20 @@ class FactorizedConv(nn.Module, ABC):
             **options: Further options of the constructor.
 
         Raises:
-            TypeError: ``conv`` is not the kind of convolution that this layer stands for.
-            ValueError: Its ``groups`` are not 1, its kernel is 1×1, or ``rank`` or ``iterations`` < 1.
+            TypeError: ``conv`` is not the kind of convolution that this layer stands for, or its weights are complex.
+            ValueError: Its ``groups`` are not 1, its kernel is 1×1 or not finite, or ``rank`` or ``iterations`` < 1.
 
         Cost: that of the fit, which for each term and sweep solves a few least-squares problems of the kernel's size.
         """
         check_integer("iterations", iterations, at_least=1)
-        layer = cls.like(conv, rank, **options)
-        kernel = conv.weight.detach()
+        cls._check_dense(conv)
+        with evaluating(conv):  # in training mode some parametrizations change when they are read
+            layer = cls.like(conv, rank, **options)
+            kernel = conv.weight.detach()
+        if not kernel.is_floating_point():
+            raise TypeError(f"conv must have real weights, got {kernel.dtype}")
+        if not kernel.isfinite().all():
+            raise ValueError("conv must have finite weights, got NaN or infinite ones")
         with torch.no_grad():
             layer._fit(kernel.transpose(0, 1) if cls.transposed else kernel, iterations)
             if layer.bias is not None:
@@ -220,11 +227,7 @@ class FactorizedConv(nn.Module, ABC):
             TypeError: ``conv`` is not the kind of convolution that this layer stands for.
             ValueError: Its ``groups`` are not 1, its kernel is 1×1, or ``rank`` < 1.
         """
-        wanted = nn.ConvTranspose2d if cls.transposed else nn.Conv2d
-        if not isinstance(conv, wanted):
-            raise TypeError(f"conv must be an nn.{wanted.__name__}, got {type(conv).__name__}")
-        if conv.groups != 1:
-            raise ValueError(f"conv must have groups = 1, got {conv.groups}: grouped kernels are not supported")
+        cls._check_dense(conv)
         if isinstance(conv, nn.ConvTranspose2d):
             options["output_padding"] = conv.output_padding
         else:
@@ -244,6 +247,14 @@ class FactorizedConv(nn.Module, ABC):
             **options,
         )
         return layer
+
+    @classmethod
+    def _check_dense(cls, conv: Any) -> None:
+        wanted = nn.ConvTranspose2d if cls.transposed else nn.Conv2d
+        if not isinstance(conv, wanted):
+            raise TypeError(f"conv must be an nn.{wanted.__name__}, got {type(conv).__name__}")
+        if conv.groups != 1:
+            raise ValueError(f"conv must have groups = 1, got {conv.groups}: grouped kernels are not supported")
 
     def forward(self, x: Float[Tensor, "*batch channels height width"]) -> Float[Tensor, "*batch out rows columns"]:
         """Convolve the input with K.

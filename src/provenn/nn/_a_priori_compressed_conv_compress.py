@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from provenn.core.compression.iterative import costs
 from provenn.core.experiment.accounting import median_seconds
@@ -92,7 +93,8 @@ def compress_before_training(
     :class:`OneWayConv2d`, :class:`CPConv2d` or :class:`Tucker2Conv2d`, or of their transposed forms: an
     ``nn.Sequential`` of torch's own layers, so that the result is trained, stored and loaded without this library.
     One-way stems with a single input channel are split in height and width only. The weights are new; to come close
-    to those of a trained network, which is another method, use ``from_dense`` of the layers.
+    to those of a trained network, which is another method, use ``from_dense`` of the layers. A chain has no ``weight``
+    and its call no ``output_size``: where the network's own code asks for them, leave that layer out by ``layers``.
 
     What cannot shrink is left as it is, and the report says why: kernels of 1×1, grouped convolutions, convolutions of
     one or three dimensions, subclasses (such as parametrized ones), those with hooks or shared weights, and those
@@ -104,7 +106,7 @@ def compress_before_training(
         example_inputs: Arguments of one call, by which multiply–accumulates are counted and the time is taken.
         layers: Names of convolutions, or of parts with convolutions inside; ``None``: all.
         form: ``"one-way"``, ``"cp"`` or ``"tucker"``.
-        generator: What draws the weights; ``None``: torch's default one.
+        generator: What draws the weights, on their device; ``None``: torch's default one.
 
     Shape:
         The result takes and gives what ``model`` does.
@@ -114,9 +116,10 @@ def compress_before_training(
         ``example_inputs``) of it and of the dense one, and each convolution's fate.
 
     Raises:
-        TypeError: ``model`` is not a module, or ``layers`` is a single string.
-        ValueError: ``rank`` < 1, an unknown ``form``, a name in ``layers`` that the model does not have, that has no
-            convolution, or that is a grouped convolution (``groups`` other than 1).
+        TypeError: ``model`` is not a module, ``layers`` is a single string, or ``example_inputs`` a single tensor.
+        ValueError: ``rank`` < 1, an unknown ``form``, a lazy layer that still waits for its sizes, or a name in
+            ``layers`` that the model does not have, that has no convolution, or that is a grouped convolution
+            (``groups`` other than 1).
 
     Cost: memory of a copy; with example inputs some 25 calls of both networks.
 
@@ -126,6 +129,11 @@ def compress_before_training(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_integer("rank", rank, at_least=1)
     check_choice("form", form, tuple(LAYERS))
+    if isinstance(example_inputs, torch.Tensor):
+        raise TypeError("example_inputs must be a tuple of a call's arguments, got a tensor")
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(f"model must have all its parameters, {name!r} waits for a first call")
     smaller = copy.deepcopy(model)
     shared = Counter(id(p) for part in smaller.modules() for p in part._parameters.values() if p is not None)
     made: dict[nn.Module, nn.Module] = {}
@@ -149,15 +157,18 @@ def compress_before_training(
 
 
 def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Module]:
-    modules = dict(model.named_modules())
+    """Return the convolutions wanted, each once under its first name; any of its names asks for it."""
+    modules = dict(model.named_modules(remove_duplicate=False))
     convs = {name: part for name, part in modules.items() if isinstance(part, nn.modules.conv._ConvNd)}
+    first: dict[nn.Module, str] = {}
+    for name, part in convs.items():
+        first.setdefault(part, name)
     if layers is None:
-        return convs
+        return {name: part for part, name in first.items()}
     if isinstance(layers, str):
         raise TypeError(f"layers must be a collection of names, got the string {layers!r}")
-    wanted = list(layers)
-    found: dict[str, nn.Module] = {}
-    for name in wanted:
+    found: set[nn.Module] = set()
+    for name in layers:
         if name not in modules:
             raise ValueError(f"layers must name parts of the model, got {name!r}, which it does not have")
         inside = {one: part for one, part in convs.items() if one == name or one.startswith(f"{name}." if name else "")}
@@ -166,8 +177,8 @@ def _chosen(model: nn.Module, layers: Iterable[str] | None) -> dict[str, nn.Modu
         groups = getattr(inside.get(name), "groups", 1)
         if groups != 1:
             raise ValueError(f"layers: {name!r} has groups = {groups}; only groups = 1 is supported")
-        found |= inside
-    return {name: part for name, part in convs.items() if name in found}
+        found.update(inside.values())
+    return {name: part for part, name in first.items() if part in found}
 
 
 def _reason_to_leave(conv: nn.Module, shared: Counter[int]) -> str:
@@ -196,7 +207,10 @@ def _factorised(conv: Any, rank: int, form: str, generator: torch.Generator | No
     if count >= conv.weight.numel():
         return f"at rank {rank} the factors would have {count} weights, the kernel has {conv.weight.numel()}"
     layer.reset_parameters(generator)
-    return layer.train(conv.training).requires_grad_(conv.weight.requires_grad)
+    layer.train(conv.training).requires_grad_(conv.weight.requires_grad)
+    if layer.bias is not None:
+        layer.bias.requires_grad_(conv.bias.requires_grad)
+    return layer
 
 
 def _costs(model: nn.Module, example_inputs: tuple[Any, ...] | None) -> ModelCosts:
