@@ -456,6 +456,18 @@ def test_single_precision_and_gradients_are_taken_as_values():
     torch.testing.assert_close(run.displacement, wanted.displacement, rtol=0, atol=1e-14)
 
 
+def test_a_default_device_changes_nothing():
+    run = WaveFE2d(SMALL, 1.0, {"left": "clamped"}, 0.1).run(None, 3, sines(SMALL))
+    with torch.device("meta"):  # where nothing could be computed
+        again = WaveFE2d(SMALL, 1.0, {"left": "clamped"}, 0.1).run(None, 3, sines(SMALL))
+        mesh = QuadMesh.rectangle(1.0, 1.0, 4, 4, hole=(0.5, 0.5, 0.2))
+        data = draw(1, frames=1)
+    assert torch.equal(run.displacement, again.displacement)
+    assert torch.equal(run.times, again.times)
+    assert again.on_grid(4).device == mesh.nodes.device == torch.device("cpu")
+    assert torch.equal(data.frames, draw(1, frames=1).frames)
+
+
 # meshes and sampling
 
 
@@ -668,6 +680,7 @@ def plain(monkeypatch):
         (lambda: QuadMesh(ONE.nodes, SQUARE, {"all": EDGES[:3]}), "sides must hold", ValueError),
         (lambda: QuadMesh(ONE.nodes, SQUARE, {"all": EDGES[[0, 1, 2, 2]]}), "sides must hold", ValueError),
         (lambda: QuadMesh(ONE.nodes, SQUARE, {"all": EDGES.roll(1, 0) * 0}), "sides must hold", ValueError),
+        (lambda: QuadMesh(ONE.nodes, SQUARE, [EDGES]), "sides must be a mapping", TypeError),
         (lambda: rectangle(width=0.0), "width", ValueError),
         (lambda: rectangle(height=NAN), "height", ValueError),
         (lambda: rectangle(columns=0), "columns", ValueError),
@@ -675,6 +688,7 @@ def plain(monkeypatch):
         (lambda: rectangle(hole=(0.5, 0.5, 2.0)), "hole must leave", ValueError),
         (lambda: rectangle(hole=(0.5, 0.5)), "hole must be", ValueError),
         (lambda: rectangle(hole=(0.5, 0.5, -1.0)), "hole's radius", ValueError),
+        (lambda: rectangle(hole=0.2), "hole must be", TypeError),
         (lambda: rectangle(hole=lambda at: at), "hole must say true or false", ValueError),
         (lambda: SMALL.sampler(0), "n must be", ValueError),
         (lambda: SMALL.sampler(2)(torch.ones(24)), "values must be 25", ValueError),
@@ -684,6 +698,7 @@ def plain(monkeypatch):
         (lambda: solver(c=torch.full((25,), NAN)), "c must be finite", ValueError),
         (lambda: solver(c=torch.ones(17)), r"c must be .* of shape \(16,\) or \(25,\)", ValueError),
         (lambda: solver(c="fast"), "c must be", ValueError),
+        (lambda: solver(c=torch.full((16,), 1 + 1j)), "c must be real", TypeError),
         (lambda: solver(c=lambda at: at), "c must return", ValueError),
         (lambda: solver(boundary="open"), "boundary must be one of", ValueError),
         (lambda: solver(boundary={"left": "open"}), "boundary.* must be one of", ValueError),
@@ -691,6 +706,8 @@ def plain(monkeypatch):
         (lambda: solver(mesh=ONE), "boundary must leave a node free", ValueError),
         (lambda: solver(dt=0.0), "dt must be", ValueError),
         (lambda: solver(dt="small"), "dt must be", TypeError),
+        (lambda: solver(dt=1e-200), "dt and c must .* got dt 1e-200", ValueError),
+        (lambda: solver(dt=1e200), r"dt and c must .* got dt 1e\+200", ValueError),
         (lambda: solver(mass="diagonal"), "mass must be one of", ValueError),
         (lambda: solver(method="rk4"), "method must be one of", ValueError),
         (lambda: solver(method="explicit"), "mass must be 'lumped'", ValueError),
@@ -704,12 +721,14 @@ def plain(monkeypatch):
         (lambda: solver().run(1.0, 2), "f must be a tensor, a function", TypeError),
         (lambda: solver().run(None, 2, torch.ones(24)), "initial must be a number a node", ValueError),
         (lambda: solver().run(None, 2, torch.ones(25) / 0), "initial must be finite", ValueError),
+        (lambda: solver().run(None, 2, torch.ones(25) * 1j), "initial must be real", TypeError),
+        (lambda: solver().run(torch.ones(3, 25) * 1j, 2), "f must be real", TypeError),
         (lambda: solver().run(None, 2, None, torch.ones(1, 1, 25)), "velocity must be", ValueError),
         (lambda: solver().run(torch.ones(2, 3, 25), 2, torch.ones(3, 25)), "f, initial must have the same", ValueError),
         (lambda: solver().run(None, 2, torch.ones(0, 25)), "initial must have the same batch of at", ValueError),
         (lambda: wave_dataset(0, torch.Generator()), "n must be", ValueError),
         (lambda: wave_dataset(1, 0), "generator must be", TypeError),
-        (lambda: draw(resolution=0), "resolution must be", ValueError),
+        (lambda: draw(resolution=1), "resolution must be .* 2, got 1", ValueError),
         (lambda: draw(frames=0), "frames must be", ValueError),
         (lambda: draw(frames=2.5), "frames must be", TypeError),
         (lambda: draw(interval=0.0), "interval must be", ValueError),

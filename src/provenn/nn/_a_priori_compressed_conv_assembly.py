@@ -64,6 +64,8 @@ def _speeds(
     c: Speed, mesh: QuadMesh, owners: np.ndarray, places: np.ndarray, values: np.ndarray, corners: np.ndarray
 ) -> np.ndarray:
     """Return c at the Gauss points (elements or edges, points) whose shape functions are given."""
+    if isinstance(c, Tensor) and c.is_complex():
+        raise TypeError(f"c must be real, got {c.dtype}")
     if isinstance(c, Tensor) and c.dim() == 0:
         c = c.item()
     if callable(c) and not isinstance(c, Tensor):

@@ -75,7 +75,8 @@ def wave_dataset(
         Speed fields, frames and parameters, on the generator's device.
 
     Raises:
-        ValueError: ``n``, ``resolution`` or ``frames`` is below 1, ``interval`` not above 0, or ``boundary`` unknown.
+        ValueError: ``n`` or ``frames`` is below 1, ``resolution`` below 2, ``interval`` not above 0, or ``boundary``
+            unknown.
         TypeError: ``generator`` is no ``torch.Generator``, a count no integer, or ``dtype`` no floating-point type.
 
     Cost: on the CPU, n factorisations of resolution² unknowns, O(resolution³) each, and
@@ -87,7 +88,7 @@ def wave_dataset(
     check_integer("n", n, at_least=1)
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {generator!r}")
-    check_integer("resolution", resolution, at_least=1)
+    check_integer("resolution", resolution, at_least=2)
     check_integer("frames", frames, at_least=1)
     check_number("interval", interval, above=0)
     check_choice("boundary", boundary, ("clamped", "absorbing", "free"))
@@ -98,8 +99,8 @@ def wave_dataset(
     centres = mesh.nodes[mesh.quads].mean(dim=1)
     parameters = _draw(n, generator)
     substeps = math.ceil(2 * interval * resolution)
-    speeds = torch.empty(n, 1, resolution, resolution, dtype=torch.float64)
-    images = torch.empty(n, frames, resolution, resolution, dtype=torch.float64)
+    speeds = torch.empty(n, 1, resolution, resolution, dtype=torch.float64, device="cpu")
+    images = torch.empty(n, frames, resolution, resolution, dtype=torch.float64, device="cpu")
     for one, row in enumerate(parameters):
         pulse, width, ratio, centre, radius = row[:2], row[2], row[3], row[4:6], row[6]
         c = torch.where((centres - centre).square().sum(1) < radius**2, ratio, 1.0)
@@ -107,7 +108,7 @@ def wave_dataset(
         run = WaveFE2d(mesh, c, boundary, interval / substeps).run(None, frames * substeps, start)
         speeds[one, 0] = c.view(resolution, resolution)
         images[one] = sampler(run.displacement[substeps::substeps])
-    times = interval * torch.arange(1, frames + 1, dtype=torch.float64)
+    times = interval * torch.arange(1, frames + 1, dtype=torch.float64, device="cpu")
     speeds, images, parameters, times = (
         part.to(generator.device, dtype) for part in (speeds, images, parameters, times)
     )

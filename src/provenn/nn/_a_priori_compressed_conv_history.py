@@ -93,7 +93,7 @@ class Step:
 
 def collect(history: list[Step], times: Tensor, free: Tensor, mesh: QuadMesh, batch: int | None) -> WaveResult:
     """Return what a run's states make, ``free`` being the nodes that they hold; without ``batch``, its only entry."""
-    displacement = torch.zeros(history[0].u.shape[1], len(times), len(mesh.nodes), dtype=torch.float64)
+    displacement = torch.zeros(history[0].u.shape[1], len(times), len(mesh.nodes), dtype=torch.float64, device="cpu")
     displacement[:, :, free] = torch.from_numpy(np.stack([step.u for step in history])).permute(2, 0, 1)
     energy = np.stack([step.energy for step in history])
     work = np.cumsum([step.work for step in history], axis=0)

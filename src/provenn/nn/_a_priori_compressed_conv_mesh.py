@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ class QuadMesh:
     Raises:
         ValueError: A node is not finite or in no element; an element is not convex, clockwise or flat, or names a node
             that does not exist; more than two elements share an edge; the sides do not make up the boundary.
-        TypeError: The nodes are no floating-point numbers, or the elements no integers.
+        TypeError: The nodes are no floating-point numbers, the elements no integers, or the sides no mapping.
 
     Cost: O(quads · log quads).
 
@@ -49,7 +50,7 @@ class QuadMesh:
         edges = _boundary(quads.numpy(), len(nodes))
         sides = {
             name: _table(f"sides[{name!r}]", side, 2, floating=False).to("cpu", torch.int64, copy=True)
-            for name, side in self.sides.items()
+            for name, side in _named(self.sides).items()
         } or {"boundary": torch.from_numpy(edges)}
         given = np.sort(np.concatenate([side.numpy() for side in sides.values()]), axis=1)
         if not np.array_equal(_ordered(given), _ordered(np.sort(edges, axis=1))):
@@ -72,7 +73,8 @@ class QuadMesh:
         """Divide [0, width] × [0, height] into equal rectangles, and take out those whose centre is in a hole.
 
         Elements are numbered row by row from the origin, x fastest; so are nodes. The sides are ``"left"``,
-        ``"right"``, ``"bottom"`` and ``"top"``, and ``"hole"`` if there is one.
+        ``"right"``, ``"bottom"`` and ``"top"``, and ``"hole"`` for what is on none of these; those without edges are
+        left out.
 
         Args:
             width: Length in x, in units of length.
@@ -87,7 +89,7 @@ class QuadMesh:
 
         Raises:
             ValueError: A length or count is not above 0, or the hole is malformed or leaves no element.
-            TypeError: A length is no number, a count no integer.
+            TypeError: A length is no number, a count no integer, or the hole neither numbers nor a function.
         """
         check_number("width", width, above=0)
         check_number("height", height, above=0)
@@ -142,6 +144,12 @@ def _table(name: str, value: Tensor, width: int, *, floating: bool) -> Tensor:
     if value.dim() != 2 or value.shape[1] != width or not len(value):
         raise ValueError(f"{name} must be of shape (at least one, {width}), got {tuple(value.shape)}")
     return value.detach()
+
+
+def _named(sides: Any) -> Mapping[str, Tensor]:
+    if not isinstance(sides, Mapping):
+        raise TypeError(f"sides must be a mapping from names to edges, got {sides!r}")
+    return sides
 
 
 def _is_integer(value: Tensor) -> bool:
@@ -206,6 +214,8 @@ def _in_hole(hole: Sequence[float] | Callable[[Tensor], Tensor] | None, centres:
                 f"{tuple(inside.shape)}"
             )
         return inside.cpu().numpy()
+    if not isinstance(hole, Iterable):
+        raise TypeError(f"hole must be (x, y, radius), an ellipse or a function, got {hole!r}")
     numbers = list(hole)
     if len(numbers) not in (3, 4):
         raise ValueError(f"hole must be (x, y, radius) or (x, y, radius in x, radius in y), got {hole!r}")

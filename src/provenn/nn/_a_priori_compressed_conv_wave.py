@@ -62,9 +62,10 @@ class WaveFE2d:
 
     Raises:
         ValueError: An argument is out of bounds or of the wrong shape, a side is unknown, nothing is free to move,
-            the explicit method has no lumped mass, or its dt is at or above the limit (named).
+            the explicit method has no lumped mass, its dt is at or above the limit (named), or ``dt`` or ``c`` is so
+            extreme that the equations cannot be solved in float64.
         TypeError: ``mesh`` is no :class:`QuadMesh`, ``dt`` no number, ``steps`` no integer, ``f`` neither tensor,
-            function nor ``None``.
+            function nor ``None``, or a tensor is complex.
 
     Cost: one sparse factorisation, O(nodes^1.5) time and O(nodes · log nodes) memory (the explicit method: the largest
     eigenvalue instead); a step costs two triangular solves and two sparse products for each load of a batch.
@@ -98,7 +99,7 @@ class WaveFE2d:
         if mass == "lumped":
             self.M, self.C = lumped(self.M), lumped(self.C)
         clamped = [mesh.sides[side].flatten() for side, kind in kinds.items() if kind == "clamped"]
-        is_free = torch.ones(len(mesh.nodes), dtype=torch.bool)
+        is_free = torch.ones(len(mesh.nodes), dtype=torch.bool, device="cpu")
         if clamped:
             is_free[torch.cat(clamped)] = False
         if not is_free.any():
@@ -109,11 +110,7 @@ class WaveFE2d:
         if method == "explicit":
             self._check_stability()
         else:
-            A = 4 / self.dt**2 * self._M + 2 / self.dt * self._C + self._K
-            # Symmetric positive definite: no pivots off the diagonal, and a fill-in ordering for symmetric matrices.
-            self._factor = scipy.sparse.linalg.splu(
-                A.tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
-            )
+            self._factor = self._factorised()
 
     def run(self, f: Load, steps: int, initial: Tensor | None = None, velocity: Tensor | None = None) -> WaveResult:
         """Step from time 0; several loads or starts run as one batch.
@@ -136,11 +133,11 @@ class WaveFE2d:
             Snapshots and the certificate.
         """
         check_integer("steps", steps, at_least=1)
-        times = self.dt * torch.arange(steps + 1, dtype=torch.float64)
+        times = self.dt * torch.arange(steps + 1, dtype=torch.float64, device="cpu")
         load, batches = self._load(f, times)
         starts = []
         for name, value in (("initial", initial), ("velocity", velocity)):
-            start = torch.zeros(len(self.mesh.nodes)) if value is None else value
+            start = torch.zeros(len(self.mesh.nodes), device="cpu") if value is None else value
             starts.append(_nodal(name, start, len(self.mesh.nodes)))
             batches[name] = starts[-1].shape[1] if value is not None and value.dim() == 2 else None
         batch = _common(batches)
@@ -209,6 +206,18 @@ class WaveFE2d:
 
         return force, {"f": len(first) if first.dim() == 2 else None}
 
+    def _factorised(self) -> Any:
+        try:
+            A = 4 / self.dt**2 * self._M + 2 / self.dt * self._C + self._K
+            # Symmetric positive definite: no pivots off the diagonal, and a fill-in ordering for symmetric matrices.
+            return scipy.sparse.linalg.splu(
+                A.tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True}
+            )
+        except (ArithmeticError, RuntimeError) as error:
+            raise ValueError(
+                f"dt and c must leave the matrix of a step regular in float64, got dt {self.dt!r}: {error}"
+            ) from error
+
     def _check_stability(self) -> None:
         roots = scipy.sparse.diags_array(1 / np.sqrt(self._M.diagonal()))
         A = (roots @ self._K @ roots).tocsr()
@@ -227,6 +236,8 @@ def _nodal(name: str, value: Any, nodes: int) -> np.ndarray:
     if not isinstance(value, Tensor) or value.dim() not in (1, 2) or value.shape[-1] != nodes:
         shape = tuple(value.shape) if isinstance(value, Tensor) else repr(value)
         raise ValueError(f"{name} must be a number a node, ({nodes},) or (batch, {nodes}), got {shape}")
+    if value.is_complex():
+        raise TypeError(f"{name} must be real, got {value.dtype}")
     if not value.isfinite().all():
         raise ValueError(f"{name} must be finite, got NaN or infinite entries")
     columns: np.ndarray = value.detach().to("cpu", torch.float64).reshape(-1, nodes).numpy().T
