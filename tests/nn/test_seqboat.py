@@ -569,6 +569,33 @@ def test_all_off_leaves_the_linear_branch_and_no_gradient_in_attention():
     assert part.last_activation == 0
 
 
+def test_nothing_revives_a_router_that_selects_nothing():
+    """The paper's gradient runs through the confidence of what is selected: without any the router gets none."""
+    part = routed(double(layer), -1e-6)
+    part(normal(2, TIME, 6)).square().sum().backward()
+    assert not part.proj.weight.grad[:2].any()
+    assert not part.proj.bias.grad[:2].any()
+    assert not part.sma.log_temperature.grad.any()
+    assert part.proj.weight.grad[2:].any()
+
+
+def test_routers_start_without_a_preference():
+    """Half of the elements is active on average; a single start may be far from it, and where all elements are alike
+    it is all or none."""
+    x, alike = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(0)), torch.ones(1, 64, 32).cumsum(2)
+    rates, ends = [], []
+    for seed in range(60):
+        with seeded(seed):
+            part = SeqBoatLayer(32, 8, 8, window=4, rel_pos_bias="local")
+        part(x)
+        rates.append(part.last_activation.item())
+        ends.append(part.sma.route(part._route(part.ssm(part.norm(alike)))[1])[0][0, 32:].float().mean().item())
+    # A rate deviates by 0.15, their mean by 0.02; an end is a coin, their mean deviates by 0.065.
+    assert sum(rates) / 60 == pytest.approx(0.5, abs=0.08)
+    assert set(ends) == {0.0, 1.0}
+    assert sum(ends) / 60 == pytest.approx(0.5, abs=0.2)
+
+
 def test_the_confidence_scales_attention():
     part = routed(double(layer, window=20), 0.7)
     x = normal(1, 5, 6)
