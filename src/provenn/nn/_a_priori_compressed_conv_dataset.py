@@ -80,7 +80,8 @@ def wave_dataset(
         TypeError: ``generator`` is no ``torch.Generator``, a count no integer, or ``dtype`` no floating-point type.
 
     Cost: on the CPU, n factorisations of resolution² unknowns, O(resolution³) each, and
-    2 · n · frames · interval · resolution steps of O(resolution² · log resolution).
+    2 · n · frames · interval · resolution steps of O(resolution² · log resolution); once, O(resolution⁴) comparisons
+    that find the pixels' elements.
 
     Source: Boukraichi, Akkari, Casenave, Ryckelynck, arXiv 2304.04964, whose networks learn a finite-element wave;
     the geometry is this package's.

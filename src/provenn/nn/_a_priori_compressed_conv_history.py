@@ -60,7 +60,8 @@ class WaveResult:
     def on_grid(self, n: int) -> Float[Tensor, "*batch times n n"]:
         """Return the snapshots at the centres of n × n pixels over the mesh's bounding box, rows upward in y.
 
-        Pixels beside the mesh are 0; ``mesh.sampler(n).mask`` tells which.
+        Pixels beside the mesh are 0; ``mesh.sampler(n).mask`` tells which. For several runs on a large mesh make one
+        sampler, since each call here searches every element for every pixel anew.
         """
         return self.mesh.sampler(n)(self.displacement)
 
