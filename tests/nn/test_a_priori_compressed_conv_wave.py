@@ -417,6 +417,19 @@ def test_a_function_is_the_load_of_its_values():
         )
 
 
+def test_a_function_is_asked_once_for_each_time():
+    asked = []
+
+    def force(at, t):
+        asked.append(t)
+        return at[:, 0] * len(asked)
+
+    run = WaveFE2d(SMALL, 1.0, "free", 0.1).run(force, 3)
+    assert asked == run.times.tolist()
+    values = SMALL.nodes[:, 0] * torch.arange(1.0, 5.0, dtype=torch.float64)[:, None]
+    assert torch.equal(run.displacement, WaveFE2d(SMALL, 1.0, "free", 0.1).run(values, 3).displacement)
+
+
 def test_a_load_that_is_the_same_everywhere_drops_the_body_freely():
     run = WaveFE2d(distorted(), 1.7, "free", 0.1).run(lambda at, t: torch.full((len(at),), 3.0), 20)
     wanted = (1.5 * run.times**2)[:, None].expand_as(run.displacement)  # u_tt = f

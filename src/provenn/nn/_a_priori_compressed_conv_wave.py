@@ -64,11 +64,10 @@ class WaveFE2d:
         ValueError: An argument is out of bounds or of the wrong shape, a side is unknown, nothing is free to move,
             the explicit method has no lumped mass, its dt is at or above the limit (named), or ``dt`` or ``c`` is so
             extreme that the equations cannot be solved in float64.
-        TypeError: ``mesh`` is no :class:`QuadMesh`, ``dt`` no number, ``steps`` no integer, ``f`` neither tensor,
-            function nor ``None``, or a tensor is complex.
+        TypeError: ``mesh`` is no :class:`QuadMesh`, ``dt`` no number, or ``c`` complex.
 
     Cost: one sparse factorisation, O(nodes^1.5) time and O(nodes · log nodes) memory (the explicit method: the largest
-    eigenvalue instead); a step costs two triangular solves and two sparse products for each load of a batch.
+    eigenvalue instead).
 
     Source: Boukraichi, Akkari, Casenave, Ryckelynck, arXiv 2304.04964 (the simulator that is learned); Newmark (1959);
     Hughes, The Finite Element Method (1987), chapters 7 and 9; Engquist and Majda (1977), first-order absorption.
@@ -131,6 +130,14 @@ class WaveFE2d:
 
         Returns:
             Snapshots and the certificate.
+
+        Raises:
+            ValueError: ``steps`` is below 1; or a tensor, or what ``f`` returns, is not of that shape, not finite, or
+                of another batch than the others.
+            TypeError: ``steps`` is no integer, ``f`` neither tensor, function nor ``None``, or a tensor is complex.
+
+        Cost: two triangular solves (the explicit method: none) and a few sparse products a step and batch entry. Every
+        state is kept, 8 · batch · (steps + 1) · nodes bytes, twice while the result is made.
         """
         check_integer("steps", steps, at_least=1)
         times = self.dt * torch.arange(steps + 1, dtype=torch.float64, device="cpu")
@@ -198,7 +205,7 @@ class WaveFE2d:
         _nodal("f", first, nodes)
 
         def force(step: int) -> np.ndarray:
-            value = f(self.mesh.nodes.clone(), times[step].item())
+            value = f(self.mesh.nodes.clone(), times[step].item()) if step else first
             if not isinstance(value, Tensor) or value.shape != first.shape:
                 raise ValueError(f"f must always return the shape {tuple(first.shape)}, got {value!r} at step {step}")
             forces: np.ndarray = lift @ _nodal("f", value, nodes)
