@@ -15,7 +15,11 @@ def evidence(two=0.2, one=0.2, dense=0.2, narrow=0.3, shares=(0.15, 0.08)):
     counts = {claim.DENSE: 1000, claim.TWO: 1000 * shares[0], claim.ONE: 1000 * shares[1]}
     return Evidence.of(
         {
-            (claim.STUDY, arm): {claim.ERROR: [errors.get(arm, narrow)] * 3, "parameters": [counts.get(arm, 300)] * 3}
+            (claim.STUDY, arm): {
+                claim.ERROR: [errors.get(arm, narrow)] * 3,
+                "parameters": [counts.get(arm, 300)] * 3,
+                claim.KEPT: [4000.0 if arm == claim.TWO else 1000.0] * 3,
+            }
             for arm in claim.ARMS
         }
     )
@@ -51,6 +55,7 @@ def test_the_reason_says_who_loses_to_a_narrow_network():
     assert "one-way, R = 2 is no worse than a dense network of as many parameters, 0.250 to 0.300" in reason
     assert "one-way, R = 1 loses to a dense network of as many parameters, 0.350 to 0.300" in reason
     assert "one-way, R = 2 1.25 at 15.0%" in reason
+    assert "over dense: one-way, R = 2 4.0, one-way, R = 1 1.0" in reason
 
 
 def surrogate(arm):
