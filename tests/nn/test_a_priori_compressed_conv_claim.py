@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from provenn.claims import Evidence
+from provenn.claims import Evidence, Metric, Trial
 from provenn.claims.nn import a_priori_compressed_conv as claim
 from provenn.core.experiment.accounting import model_size
 from provenn.core.experiment.seeding import seeded
@@ -110,3 +110,15 @@ def test_the_error_is_relative_to_each_field():
     y = torch.randn(5, 8, 4, 4, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 6).view(5, 1, 1, 1)
     assert claim.relative_error(Twice(), y, y) == pytest.approx(1.0, rel=1e-6)
     assert claim.relative_error(nn.Identity(), y, y) == 0
+
+
+def test_memory_counts_what_a_wave_needs_and_no_other_data():
+    budget = {"train": 4, "held": 2, "resolution": 16, "width": 16, "kernel": 5, "epochs": 1, "batch": 4}
+    trial = Trial(
+        study=claim.STUDY, arm=claim.DENSE, seed=0, tier="smoke", budget=budget, settings={"lr": 1e-3}, device="cpu"
+    )
+    found = {event.name: event.value for event in claim.run(trial) if isinstance(event, Metric)}
+    # the inputs of the four layers: 3 × 16², 16 × 8², 16 × 4², 16 × 8² numbers; what ReLU gives is the next one's input
+    floats = 3 * 256 + 16 * 64 + 16 * 16 + 16 * 64
+    assert found[claim.KEPT] == pytest.approx(4 * floats, abs=56 * 4)
+    assert found["bytes"] == 4 * (25 * (3 * 16 + 2 * 16 * 16 + 16 * 8) + 56)
