@@ -176,21 +176,40 @@ def _watching_new_objects() -> Iterator[None]:
         gc.unfreeze()
 
 
+# torch's profiling hook around every step leaves small objects of its own, ever fewer, through ``torch.ops``
+_NOT_THE_PART = tuple(tracemalloc.Filter(False, module.__file__ or "") for module in (tracemalloc, torch._ops))
+
+
+LONGEST_WATCH = 10
+"""Rounds of 200 steps after which what still grows counts as a leak."""
+
+
+def _traced_bytes() -> int:
+    return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces(_NOT_THE_PART).traces)
+
+
 def check_memory(case: OptimizerCase) -> None:
     """After the warm-up neither tensors nor Python objects grow with the steps."""
     problem = Problem()
     optimizer = case.make(problem.parameters)
     take_steps(case, problem, optimizer, case.warmup_steps)
     sizes, blocks = [], []
+    tensors = objects = 0
     # seeded once, since torch keeps a stack trace of every seeding
     with plain_signatures(), seeded(0), _watching_new_objects():
-        for _ in range(4):
+        for turn in range(LONGEST_WATCH):
             advance(case, problem, optimizer, 200)
             gc.collect()
             sizes.append(sum(o.numel() * o.element_size() for o in gc.get_objects() if type(o) is Tensor))
-            blocks.append(tracemalloc.get_traced_memory()[0])
-    # caches fill now and then; a leak grows in every round, by 32 bytes a step for a list of floats
-    tensors = min(after - before for before, after in pairwise(sizes))
-    objects = min(after - before for before, after in pairwise(blocks))
+            blocks.append(_traced_bytes())
+            if turn < 3:
+                continue
+            # A leak grows in every round, by 32 bytes a step for a list of floats. Caches fill now and then, and torch
+            # frees some objects unseen by the tracing, which forgets them when their place is taken again: fewer a
+            # round, the longer it lasts.
+            tensors = min(after - before for before, after in pairwise(sizes))
+            objects = min(after - before for before, after in pairwise(blocks))
+            if tensors <= 0 and objects < 200 * 16:
+                break
     expect(tensors <= 0, f"every 200 steps left {tensors} more bytes in tensors")
     expect(objects < 200 * 16, f"every 200 steps left {objects} more bytes in Python objects")
