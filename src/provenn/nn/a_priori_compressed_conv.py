@@ -7,10 +7,10 @@ multiplied:
 
     K[o, c, y, x] = Σ_r a[o, r, c] u[o, r, y] v[o, r, x]
 
-and the finite-element wave solver whose fields such networks learn to predict. The one-way layers are in
-``_a_priori_compressed_conv_one_way``, the canonical and Tucker formats that they are compared with in
-``_a_priori_compressed_conv_shared``, what all of them share in ``_a_priori_compressed_conv_base``, the conversion of
-models in ``_a_priori_compressed_conv_compress``, and the solver in ``_a_priori_compressed_conv_wave``.
+and the finite-element wave solver whose fields such networks learn to predict. The rooms, each named
+``_a_priori_compressed_conv_…``: ``base`` (what the layers share), ``one_way`` (the paper's layers), ``shared`` (the
+canonical and Tucker formats that they are compared with), ``compress`` (the conversion of models); ``elements``,
+``mesh``, ``assembly`` (finite elements), ``wave`` (the solver), ``history`` (what a run leaves), ``dataset``.
 """
 
 from provenn.nn._a_priori_compressed_conv_compress import (
