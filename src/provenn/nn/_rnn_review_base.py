@@ -44,9 +44,6 @@ def chosen(name: str, value: str, among: dict[str, Function]) -> Function:
 class RecurrentModule(nn.Module, ABC):
     """Base of the recurrent modules: sequences in, outputs and the state after the last step out.
 
-    A kind of network says how inputs are projected (for all steps at once, before the loop), what one step does with
-    a projected input and the state, and what is read out of it (for all steps at once, after the loop).
-
     Args:
         input_size: Features of an input.
         hidden_size: Hidden units.
@@ -70,28 +67,8 @@ class RecurrentModule(nn.Module, ABC):
         """Return the shape of every tensor of the state, without the batch."""
 
     @abstractmethod
-    def project(self, x: Tensor) -> Tensor:
-        """Return what the inputs (..., input) contribute to each step."""
-
-    @abstractmethod
-    def advance(self, projected: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
-        """Take one step: from a projected input (batch, ...) and a state to what is read out, and the next state."""
-
-    @abstractmethod
     def features(self, state: State) -> Tensor:
         """Return the output that belongs to a state: that of the step that led to it."""
-
-    def library_run(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
-        """Run all steps by torch's own kernel, where there is one that computes the same; else ``None``."""
-        return None
-
-    def loop_weights(self) -> Weights:
-        """Return the weights that every step uses, prepared once a sequence."""
-        return ()
-
-    def readout(self, hidden: Tensor) -> Tensor:
-        """Return the outputs of what :meth:`advance` left to read out, for any leading dimensions."""
-        return hidden
 
     def recurrent_matrices(self) -> dict[str, Tensor]:
         """Return the square matrices by which a state enters the next step, by name."""
@@ -132,6 +109,58 @@ class RecurrentModule(nn.Module, ABC):
             TypeError: ``mask`` is not boolean.
         """
         return self.run(x, state, mask)
+
+    @abstractmethod
+    def step(self, x: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Take one step, or refuse to."""
+
+    @abstractmethod
+    def run(self, x: Tensor, state: State | None, mask: Tensor | None) -> tuple[Tensor, State]:
+        """Check the arguments and run over time."""
+
+    def checked_state(self, x: Tensor, state: State | None) -> State:
+        """Return the state to start from.
+
+        Raises:
+            ValueError: It does not fit the inputs.
+        """
+        if x.shape[-1] != self.input_size:
+            raise ValueError(f"x must have {self.input_size} features, got shape {tuple(x.shape)}")
+        if state is None:
+            return self.initial_state(len(x), x)
+        wanted = [(len(x), *shape) for shape in self.state_shapes()]
+        found = [tuple(one.shape) for one in state]
+        if found != wanted:
+            raise ValueError(f"state must have the shapes {wanted}, got {found}")
+        return state
+
+
+class SteppedModule(RecurrentModule):
+    """A recurrent module that runs forward, step by step.
+
+    A kind of network says how inputs are projected (for all steps at once, before the loop), what one step does with
+    a projected input and the state, and what is read out of it (for all steps at once, after the loop).
+    """
+
+    @abstractmethod
+    def project(self, x: Tensor) -> Tensor:
+        """Return what the inputs (..., input) contribute to each step."""
+
+    @abstractmethod
+    def advance(self, projected: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
+        """Take one step: from a projected input (batch, ...) and a state to what is read out, and the next state."""
+
+    def library_run(self, x: Tensor, state: State) -> tuple[Tensor, State] | None:
+        """Run all steps by torch's own kernel, where there is one that computes the same; else ``None``."""
+        return None
+
+    def loop_weights(self) -> Weights:
+        """Return the weights that every step uses, prepared once a sequence."""
+        return ()
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        """Return the outputs of what :meth:`advance` left to read out, for any leading dimensions."""
+        return hidden
 
     def step(self, x: Float[Tensor, "batch input"], state: State | None = None) -> tuple[Tensor, State]:
         """Take one step.
@@ -177,23 +206,7 @@ class RecurrentModule(nn.Module, ABC):
         return (outputs if mask is None else outputs.masked_fill(~mask.unsqueeze(-1), 0)), current
 
     def with_output(self, state: State, output: Tensor) -> State:
-        """Return the state with another output in it; only networks that feed outputs back have one."""
-        raise NotImplementedError
-
-    def checked_state(self, x: Tensor, state: State | None) -> State:
-        """Return the state to start from.
-
-        Raises:
-            ValueError: It does not fit the inputs.
-        """
-        if x.shape[-1] != self.input_size:
-            raise ValueError(f"x must have {self.input_size} features, got shape {tuple(x.shape)}")
-        if state is None:
-            return self.initial_state(len(x), x)
-        wanted = [(len(x), *shape) for shape in self.state_shapes()]
-        found = [tuple(one.shape) for one in state]
-        if found != wanted:
-            raise ValueError(f"state must have the shapes {wanted}, got {found}")
+        """Return the state with another output in it; the state itself where it holds no output."""
         return state
 
 

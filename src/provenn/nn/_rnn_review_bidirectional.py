@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from provenn.nn._rnn_review_base import OUTPUTS, RecurrentModule, State, Weights, check_mask, check_sequence, chosen
+from provenn.nn._rnn_review_base import OUTPUTS, RecurrentModule, State, check_mask, check_sequence, chosen
 
 
 class BiRNN(RecurrentModule):
@@ -70,9 +70,7 @@ class BiRNN(RecurrentModule):
         forward, backward = self.forward_cell.state_names, self.backward_cell.state_names
         return (*forward, *(f"{name}, backward" for name in backward))
 
-    def run(
-        self, x: Tensor, state: State | None, mask: Tensor | None, forced: Tensor | None = None
-    ) -> tuple[Tensor, State]:
+    def run(self, x: Tensor, state: State | None, mask: Tensor | None) -> tuple[Tensor, State]:
         check_sequence(x, self.input_size)
         check_mask(x, mask)
         ahead, back = self._halves(self.checked_state(x, state))
@@ -107,12 +105,6 @@ class BiRNN(RecurrentModule):
 
     def initial_state(self, batch: int, like: Tensor) -> State:
         return self.forward_cell.initial_state(batch, like) + self.backward_cell.initial_state(batch, like)
-
-    def project(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def advance(self, projected: Tensor, state: State, weights: Weights) -> tuple[Tensor, State]:
-        raise NotImplementedError
 
     def readout(self, hidden: Tensor) -> Tensor:
         return hidden if self.out_proj is None else self._output(self.out_proj(hidden))

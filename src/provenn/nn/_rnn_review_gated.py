@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_number
-from provenn.nn._rnn_review_base import RecurrentModule, State, Weights, check_torch_layer, uniform_
+from provenn.nn._rnn_review_base import State, SteppedModule, Weights, check_torch_layer, uniform_
 
 
-class PeepholeLSTM(RecurrentModule):
+class PeepholeLSTM(SteppedModule):
     r"""Long short-term memory: gated units around a state that carries its error without loss.
 
     .. math::
@@ -151,7 +151,7 @@ class PeepholeLSTM(RecurrentModule):
         return dict(zip(self.gates, self.weight_hh.split(self.hidden_size), strict=True))
 
 
-class GRU(RecurrentModule):
+class GRU(SteppedModule):
     r"""The gated recurrent unit, for comparison: two gates and no state beside the hidden units.
 
     .. math::

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_choice, check_integer
-from provenn.nn._rnn_review_base import RecurrentModule, State, Weights
+from provenn.nn._rnn_review_base import State, SteppedModule, Weights
 from provenn.nn._rnn_review_gated import PeepholeLSTM
 
 START = 1e-6
@@ -81,7 +81,7 @@ def write(
     return torch.baddbmm(memory * kept, weights.mT, add)
 
 
-class NTMCell(RecurrentModule):
+class NTMCell(SteppedModule):
     r"""Neural Turing machine: a controller that reads and writes a memory matrix through attention.
 
     At each step the controller sees the input and what was read one step ago; its heads address the memory

@@ -14,8 +14,8 @@ from provenn.nn._rnn_review_base import (
     ACTIVATIONS,
     OUTPUTS,
     Function,
-    RecurrentModule,
     State,
+    SteppedModule,
     Weights,
     check_torch_layer,
     chosen,
@@ -28,7 +28,7 @@ _KERNELS: dict[Function, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 
 
-class ElmanRNN(RecurrentModule):
+class ElmanRNN(SteppedModule):
     r"""Elman's simple recurrent network: the hidden units see themselves one step ago.
 
     .. math::
@@ -128,7 +128,7 @@ class ElmanRNN(RecurrentModule):
         return {"U": self.weight_hh}
 
 
-class JordanRNN(RecurrentModule):
+class JordanRNN(SteppedModule):
     r"""Jordan's network: special units c collect its own outputs, and let them decay.
 
     .. math::
