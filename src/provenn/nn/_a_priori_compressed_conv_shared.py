@@ -21,6 +21,50 @@ from provenn.nn._a_priori_compressed_conv_base import (
 )
 
 
+class _Plain(FactorizedConv):
+    """What makes a format a plain convolution: the arguments of ``nn.Conv2d``."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        rank: int | Pair = 1,
+        stride: int | Pair = 1,
+        padding: int | Pair | str = 0,
+        dilation: int | Pair = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        geometry = forward_geometry(kernel_size, stride, padding, dilation, padding_mode)
+        super().__init__((in_channels, out_channels), rank, geometry, bias, device, dtype)
+
+
+class _Transposed(FactorizedConv):
+    """What makes a format a transposed convolution: the arguments of ``nn.ConvTranspose2d``."""
+
+    transposed = True
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | Pair,
+        rank: int | Pair = 1,
+        stride: int | Pair = 1,
+        padding: int | Pair = 0,
+        output_padding: int | Pair = 0,
+        dilation: int | Pair = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        geometry = transposed_geometry(kernel_size, stride, padding, output_padding, dilation)
+        super().__init__((in_channels, out_channels), rank, geometry, bias, device, dtype)
+
+
 class _CP(FactorizedConv):
     """Sums over r of products of one-way filters that all output channels share."""
 
@@ -58,7 +102,7 @@ class _CP(FactorizedConv):
             filters.copy_(factor)
 
 
-class CPConv2d(_CP):
+class CPConv2d(_Plain, _CP):
     """A convolution in canonical polyadic (CP) format, whose one-way filters all output channels share.
 
     K[o, c, y, x] = Σ_r d[o, r] a[r, c] u[r, y] v[r, x]: a 1×1 convolution to R channels, a depthwise k_y×1 and a
@@ -89,25 +133,8 @@ class CPConv2d(_CP):
     Source: Lebedev et al., https://arxiv.org/abs/1412.6553; here the factors are trained from the start.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Pair,
-        rank: int = 1,
-        stride: int | Pair = 1,
-        padding: int | Pair | str = 0,
-        dilation: int | Pair = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        geometry = forward_geometry(kernel_size, stride, padding, dilation, padding_mode)
-        super().__init__((in_channels, out_channels), rank, geometry, bias, device, dtype)
 
-
-class CPConvTranspose2d(_CP):
+class CPConvTranspose2d(_Transposed, _CP):
     """A transposed convolution in canonical polyadic (CP) format, as :class:`CPConv2d`.
 
     Args:
@@ -134,25 +161,6 @@ class CPConvTranspose2d(_CP):
 
     Source: as :class:`CPConv2d`.
     """
-
-    transposed = True
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Pair,
-        rank: int = 1,
-        stride: int | Pair = 1,
-        padding: int | Pair = 0,
-        output_padding: int | Pair = 0,
-        dilation: int | Pair = 1,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        geometry = transposed_geometry(kernel_size, stride, padding, output_padding, dilation)
-        super().__init__((in_channels, out_channels), rank, geometry, bias, device, dtype)
 
 
 class _Tucker2(FactorizedConv):
@@ -195,7 +203,7 @@ class _Tucker2(FactorizedConv):
             filters.copy_(factor)
 
 
-class Tucker2Conv2d(_Tucker2):
+class Tucker2Conv2d(_Plain, _Tucker2):
     """A convolution in Tucker-2 format: a smaller dense one between two 1×1 convolutions.
 
     K[o, c, y, x] = Σ_pq d[o, p] g[p, q, y, x] a[q, c].
@@ -227,25 +235,8 @@ class Tucker2Conv2d(_Tucker2):
     Source: Kim et al., https://arxiv.org/abs/1511.06530; here the factors are trained from the start.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Pair,
-        rank: int | Pair = 1,
-        stride: int | Pair = 1,
-        padding: int | Pair | str = 0,
-        dilation: int | Pair = 1,
-        bias: bool = True,
-        padding_mode: PaddingMode = "zeros",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        geometry = forward_geometry(kernel_size, stride, padding, dilation, padding_mode)
-        super().__init__((in_channels, out_channels), rank, geometry, bias, device, dtype)
 
-
-class Tucker2ConvTranspose2d(_Tucker2):
+class Tucker2ConvTranspose2d(_Transposed, _Tucker2):
     """A transposed convolution in Tucker-2 format, as :class:`Tucker2Conv2d`.
 
     Args:
@@ -272,22 +263,3 @@ class Tucker2ConvTranspose2d(_Tucker2):
 
     Source: as :class:`Tucker2Conv2d`.
     """
-
-    transposed = True
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | Pair,
-        rank: int | Pair = 1,
-        stride: int | Pair = 1,
-        padding: int | Pair = 0,
-        output_padding: int | Pair = 0,
-        dilation: int | Pair = 1,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        geometry = transposed_geometry(kernel_size, stride, padding, output_padding, dilation)
-        super().__init__((in_channels, out_channels), rank, geometry, bias, device, dtype)
