@@ -1,5 +1,6 @@
 """Each check of the suite of runtimes catches a runtime that is broken in that way."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import threading
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 import torch
 from contracts.broken import DOCUMENTED_ELSEWHERE, assert_caught, broken_runs, good_runs, own_checks
@@ -340,6 +342,60 @@ def test_leftovers_are_found_and_killed():
         assert any(found.startswith("listening port ") for found in leftovers.now())
     assert child.poll() is not None
     assert leftovers.now() == []
+
+
+@pytest.fixture
+def start_spawner():
+    """Return a starter of processes that each start another one when they are told to."""
+    command = (
+        "import subprocess, sys; sys.stdin.readline(); "
+        "print(subprocess.Popen(['sleep', '60']).pid, flush=True); sys.stdin.readline()"
+    )
+    started = []
+
+    def start():
+        started.append(
+            subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children():
+                child.kill()
+        process.kill()
+        process.communicate()
+
+
+def spawn(process):
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return psutil.Process(int(process.stdout.readline()))
+
+
+def test_what_a_process_starts_that_was_there_before_is_its_own(start_spawner):
+    earlier = start_spawner()
+    with cleaned_up() as leftovers:
+        child = spawn(earlier)
+        assert leftovers.now() == []
+        assert leftovers.after_grace() == []
+    assert child.is_running()
+    assert child.status() == "sleeping"
+
+
+def test_what_a_leftover_starts_is_left_over(start_spawner):
+    with cleaned_up() as leftovers:
+        later = start_spawner()
+        child = spawn(later)
+        assert {found.split()[1] for found in leftovers.after_grace()} == {str(later.pid), str(child.pid)}
+
+
+def test_once_nothing_is_left_nobody_looks_again(monkeypatch):
+    seen = iter([["process 1 (sleeping)"], [], ["process 2 (zombie)"]])
+    leftovers = Leftovers()
+    monkeypatch.setattr(leftovers, "now", lambda: next(seen))
+    assert leftovers.after_grace() == []
 
 
 def test_an_attempt_tells_its_error_with_its_causes():

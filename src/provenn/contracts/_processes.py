@@ -8,7 +8,7 @@ import multiprocessing.resource_tracker
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,23 @@ def _processes() -> dict[int, psutil.Process]:
     found = {}
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if process.pid not in _helpers() and process.name() != "torch_shm_manager":
+            # The kernel knows 15 characters of a name, which is all that is left of a zombie's.
+            if process.pid not in _helpers() and not process.name().startswith("torch_shm_manag"):
                 found[process.pid] = process
     return found
+
+
+def _new_processes(before: Collection[int]) -> dict[int, psutil.Process]:
+    """Return the descendants that are neither among these nor descend from them."""
+    found, parents = _processes(), {}
+    for pid, process in found.items():
+        with contextlib.suppress(psutil.Error):
+            parents[pid] = process.ppid()
+
+    def is_new(pid: int | None) -> bool:
+        return pid is None or (pid not in before and is_new(parents.get(pid)))
+
+    return {pid: process for pid, process in found.items() if pid in parents and is_new(pid)}
 
 
 def _ports() -> set[int]:
@@ -138,7 +152,10 @@ def _threads() -> set[str]:
 
 
 class Leftovers:
-    """Watches for what a runtime leaves behind: made before it, asked after it."""
+    """Watches for what a runtime leaves behind: made before it, asked after it.
+
+    What a process starts that was there before is that process's own: a database server has workers come and go.
+    """
 
     def __init__(self) -> None:
         self._before = _processes().keys(), _ports(), _threads()
@@ -146,22 +163,26 @@ class Leftovers:
     def now(self) -> list[str]:
         """Return in words what is there and was not before."""
         processes, ports, threads = self._before
-        found = [f"process {pid} ({one.status()})" for pid, one in _processes().items() if pid not in processes]
+        found = []
+        for pid, process in _new_processes(processes).items():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found.append(f"process {pid} ({process.status()})")
         found += [f"listening port {port}" for port in _ports() - ports]
         return found + [f"thread {name}" for name in _threads() - threads]
 
     def after_grace(self) -> list[str]:
         """Return in words what is still there when the grace is over."""
-        wait_until(lambda: not self.now(), GRACE)
-        return self.now()
+        end = time.monotonic() + GRACE
+        while (found := self.now()) and time.monotonic() < end:
+            time.sleep(0.01)
+        return found
 
     def kill(self) -> None:
         """Kill the processes that were not there before."""
-        for pid, process in _processes().items():
-            if pid not in self._before[0]:
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-                    process.wait(GRACE)
+        for process in _new_processes(self._before[0]).values():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+                process.wait(GRACE)
 
 
 @contextlib.contextmanager
