@@ -26,7 +26,7 @@ def measure() -> dict[str, Any]:
     dense = max(_difference_of_layers(attn) for attn in ("softmax", "relu2"))
     peer, ours = _averages(DIM, 16)
     x = _sequences(4, 512)
-    forward = alternate({"peer": partial(_run, peer, x), "ours": partial(_run, ours, x)}, rounds=5)
+    forward = alternate({"peer": partial(_run, peer, x), "ours": partial(_run, ours, x)}, rounds=25)
     both = alternate({"peer": partial(_train, peer, x), "ours": partial(_train, ours, x)}, rounds=5)
     layer, x = _layer(), _sequences(1, LENGTH)
     runs = {str(share): partial(_at, layer, x, share, False) for share in SHARES}

@@ -8,6 +8,7 @@ import time
 import types
 
 import pytest
+import torch
 
 import benchmarks.__main__ as command
 from benchmarks.timing import alternate, peak_memory
@@ -101,6 +102,18 @@ def test_a_figure_left_out_is_a_failure(fake, capsys):
     del fake["speed_ratio"]
     assert command.main([]) == 1
     assert "left out speed_ratio" in capsys.readouterr().err
+
+
+def test_what_a_benchmark_draws_is_the_same_every_time(fake, monkeypatch):
+    drawn = []
+    module = types.ModuleType("drawing_benchmark")
+    module.measure = lambda: drawn.append(torch.rand(3)) or fake
+    monkeypatch.setitem(sys.modules, "drawing_benchmark", module)
+    monkeypatch.setattr(command, "benchmarks", lambda: {"diffgrad": "drawing_benchmark"})
+    state = torch.get_rng_state()
+    assert command.main([]) == command.main([]) == 0
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_unknown_slug_names_the_nearest(capsys):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import scipy.sparse
 import torch
@@ -40,22 +38,19 @@ class GridSampler:
         ValueError: ``n`` is below 1; called on values that are not one a node.
         TypeError: ``n`` is no integer.
 
-    Cost: O(n² · quads) comparisons once, then O(n²) a field.
+    Cost: O(n² + quads) time and memory once, in a mesh without slivers; then O(n²) a field.
     """
 
     def __init__(self, nodes: np.ndarray, quads: np.ndarray, n: int) -> None:
         check_integer("n", n, at_least=1)
         low, high = nodes.min(0), nodes.max(0)
         ticks = low + (np.arange(n)[:, None] + 0.5) / n * (high - low)
-        points = np.stack([np.tile(ticks[:, 0], n), np.repeat(ticks[:, 1], n)], axis=1)
-        quad, at = _locate(nodes[quads], points)
+        quad, at = _locate(nodes[quads], ticks)
         on = quad >= 0
         weights, _ = shape_functions(at[on])
         columns = quads[quad[on]]
         rows = np.repeat(np.flatnonzero(on), 4)
-        self._matrix = scipy.sparse.csr_array(
-            (weights.ravel(), (rows, columns.ravel())), shape=(len(points), len(nodes))
-        )
+        self._matrix = scipy.sparse.csr_array((weights.ravel(), (rows, columns.ravel())), shape=(n * n, len(nodes)))
         self._n = n
         self.mask: Bool[Tensor, "n n"] = torch.from_numpy(on.reshape(n, n))
 
@@ -75,22 +70,32 @@ class GridSampler:
         return images.view(*values.shape[:-1], self._n, self._n).to(values)
 
 
-def _locate(corners: np.ndarray, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return for every point the first element that holds it, or −1, and where it is in the reference square."""
-    quad = np.full(len(points), -1)
-    at = np.zeros_like(points)
+def _locate(corners: np.ndarray, ticks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for every point of a grid the first element that holds it, or −1, and where it is in the reference square.
+
+    The grid's coordinates are rising, a column of ``ticks`` an axis; its points are in rows from the bottom.
+    """
+    points = np.stack([np.tile(ticks[:, 0], len(ticks)), np.repeat(ticks[:, 1], len(ticks))], axis=1)
+    quad, at = np.full(len(points), -1), np.zeros_like(points)
+    near, element = _boxed(corners, ticks)
+    place = _reference(corners[element], points[near])
+    held = np.flatnonzero((np.abs(place) <= 1 + 1e-9).all(1))
+    found, first = np.unique(near[held], return_index=True)
+    quad[found], at[found] = element[held[first]], place[held[first]]
+    return quad, at
+
+
+def _boxed(corners: np.ndarray, ticks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs of a point and an element in whose bounding box it is, by rising elements."""
     low, high = corners.min(1), corners.max(1)
     slack = 1e-9 * (high - low).max()
-    chunk = max(1, math.floor(2**22 / len(corners)))
-    for start in range(0, len(points), chunk):
-        part = points[start : start + chunk, None]
-        near, element = np.nonzero(((part >= low - slack) & (part <= high + slack)).all(-1))
-        place = _reference(corners[element], part[near, 0])
-        held = np.flatnonzero((np.abs(place) <= 1 + 1e-9).all(1))
-        found, first = np.unique(near[held], return_index=True)
-        quad[start + found] = element[held[first]]
-        at[start + found] = place[held[first]]
-    return quad, at
+    start = np.stack([np.searchsorted(ticks[:, axis], low[:, axis] - slack) for axis in (0, 1)], axis=1)
+    stop = np.stack([np.searchsorted(ticks[:, axis], high[:, axis] + slack, "right") for axis in (0, 1)], axis=1)
+    count = (stop - start).prod(1)
+    element = np.repeat(np.arange(len(corners)), count)
+    within = np.arange(len(element)) - np.repeat(np.cumsum(count) - count, count)
+    row, column = np.divmod(within, (stop - start)[element, 0])
+    return (start[element, 1] + row) * len(ticks) + start[element, 0] + column, element
 
 
 def _reference(corners: np.ndarray, points: np.ndarray, iterations: int = 20) -> np.ndarray:
