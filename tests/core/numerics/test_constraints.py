@@ -95,6 +95,33 @@ def test_a_layer_stays_lipschitz_while_an_optimizer_pulls(constraint):
     assert gaps.max() <= 1 + 1e-9
 
 
+@pytest.mark.parametrize("constraint", [SpectralBound(1.0), SpectralBound(1.0, always=True), Bjorck(), Cayley()])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(32, 32), (8, 3), (3, 8)])
+def test_half_precision_is_off_by_the_rounding_of_the_entries_alone(constraint, dtype, shape):
+    start = randn(*shape, seed=1).to(dtype)
+    weight = constraint(start)
+    assert weight.dtype == dtype
+    # Each entry is off by half a unit in the last place, and the factor of a scaled weight too.
+    torch.testing.assert_close(weight.float(), constraint(start.float()), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("constraint", [SpectralBound(1.0), Bjorck(), Cayley()])
+def test_autocast_does_not_loosen_the_bound(constraint):
+    start = randn(32, 16, seed=1, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        weight = constraint(start)
+    assert torch.equal(weight, constraint(start))
+    assert singular_values(weight.double()).max() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("constraint", [SpectralBound(1.0, always=True), Bjorck(), Cayley()])
+def test_a_vector_is_one_column(constraint):
+    weight = constraint(randn(5, seed=1))
+    assert weight.shape == (5,)
+    assert weight.norm().item() == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("constraint", [NonNegative(), SpectralBound(0.5), Bjorck(4), Cayley()])
 def test_gradients(constraint):
     for shape in ((3, 2), (2, 3)):

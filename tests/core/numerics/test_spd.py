@@ -91,6 +91,16 @@ def test_divided_differences_lose_no_digits(gap):
         assert got == pytest.approx(float(quotient), rel=2e-13, abs=1e-300), name
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e10, 1e22])
+def test_float32_gradients_of_tiny_and_huge_matrices(scale):
+    """The product of two eigenvalues leaves the range of float32 here, their powers do not."""
+    for exponent in (-0.5, 0.25, 0.7):
+        single = (scale * torch.diag(torch.tensor([1.0, 1.0, 1.5, 2.0]))).requires_grad_()
+        double = single.detach().double().requires_grad_()
+        ours, theirs = (torch.autograd.grad(spd_power(A, exponent).sum(), A)[0] for A in (single, double))
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("name", ["power 0.5", "power -0.5", "power 0.25", "log"])
 def test_float32_over_four_decades_gives_finite_gradients(name):
     A = spd([1e-2, 1e-2, 1.0, 100.0]).float().requires_grad_()
@@ -138,6 +148,45 @@ def test_lyapunov_is_scipys_and_differentiable_twice():
     assert torch.autograd.gradgradcheck(lambda P, V: lyapunov(symmetric(P), V), (P, V))
     many = lyapunov(torch.stack([P, 2 * P]), V)
     torch.testing.assert_close(many[1], many[0] / 2)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_torch_func_maps_and_differentiates(name):
+    function = FUNCTIONS[name]
+    many = torch.stack([spd(SPECTRA["two pairs"]), spd(SPECTRA["apart"], seed=1)])
+    torch.testing.assert_close(torch.func.vmap(function, in_dims=2)(many.movedim(0, 2)), function(many))
+    by_A = torch.func.grad(lambda A: function(A).square().sum())
+    torch.testing.assert_close(torch.func.vmap(by_A)(many), torch.stack([by_A(A) for A in many]))
+    jacobian = torch.func.jacrev(function)(many[0])
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(function, many[0]))
+
+
+def test_torch_func_maps_lyapunov_over_either_side_and_both():
+    P = torch.stack([spd(SPECTRA["two pairs"]), spd(SPECTRA["apart"], seed=1)])
+    V = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    map_over = torch.func.vmap
+    torch.testing.assert_close(map_over(lyapunov)(P, V), lyapunov(P[:, None], V))
+    torch.testing.assert_close(map_over(lyapunov, (None, 1))(P[0], V), lyapunov(P[0], V.movedim(1, 0)))
+    torch.testing.assert_close(map_over(lyapunov, (0, None))(P, V), lyapunov(P[:, None, None], V))
+    by_P = torch.func.jacrev(lambda P: lyapunov(P, V[0, 0]))(P[0])
+    torch.testing.assert_close(by_P, torch.autograd.functional.jacobian(lambda P: lyapunov(P, V[0, 0]), P[0]))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_second_derivative_is_refused_and_never_taken_for_zero(name):
+    """Also where the gradient that enters is a constant, which once_differentiable would let pass."""
+    A = spd(SPECTRA["apart"]).requires_grad_()
+    (grad,) = torch.autograd.grad(FUNCTIONS[name](A).sum(), A, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        (grad.square().sum() + A.sum()).backward()
+
+
+def test_autocast_does_not_narrow_the_arithmetic():
+    A = spd(SPECTRA["apart"]).float()
+    for function in (*FUNCTIONS.values(), lambda A: lyapunov(A, A)):
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = function(A)
+        assert torch.equal(inside, function(A))
 
 
 def test_bad_input():

@@ -112,6 +112,42 @@ def test_it_runs_compiled():
     torch.testing.assert_close(compiled(a, x), linear_recurrence(a, x))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_per_sample_gradients_and_jacobians_under_torch_func(method):
+    a, x = randn(4, 6, 2, seed=1), randn(4, 6, 2, seed=2)
+
+    def energy(a, x):
+        return (linear_recurrence(a, x, dim=0, method=method) ** 2).sum()
+
+    mapped = torch.func.vmap(torch.func.grad(energy, argnums=(0, 1)))(a, x)
+    alone = [torch.func.grad(energy, argnums=(0, 1))(*pair) for pair in zip(a, x, strict=True)]
+    for place in (0, 1):
+        torch.testing.assert_close(mapped[place], torch.stack([one[place] for one in alone]))
+    jacobian = torch.func.jacrev(lambda a: linear_recurrence(a, x[0], dim=0, method=method))(a[0])
+    theirs = torch.autograd.functional.jacobian(lambda a: loop(a[None], x[:1], torch.zeros(1, 2))[0], a[0])
+    torch.testing.assert_close(jacobian, theirs)
+    matrices, vectors = randn(4, 6, 2, 2, seed=3), randn(4, 6, 2, 1, seed=4)
+    together = torch.func.vmap(lambda A, X: matrix_recurrence(A, X, method=method))(matrices, vectors)
+    torch.testing.assert_close(together, matrix_recurrence(matrices, vectors, method=method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_many_starts_of_one_sequence_of_matrices(method):
+    a, x, starts = randn(5, 3, 3, seed=1), randn(5, 3, 2, seed=2), randn(4, 3, 2, seed=3)
+    apart = torch.stack([matrix_recurrence(a, x, start, method=method) for start in starts])
+    torch.testing.assert_close(matrix_recurrence(a, x, starts, method=method), apart)
+
+
+def test_a_complex_start_of_a_real_recurrence_keeps_its_imaginary_part():
+    a, x, start = randn(2, 5, 3, seed=1), randn(2, 5, 3, seed=2), randn(2, 3, seed=3, dtype=torch.complex128)
+    torch.testing.assert_close(linear_recurrence(a, x, start), loop(a, x, start))
+
+
+def test_step_by_step_the_product_of_gates_may_leave_the_range():
+    a = torch.full((1, 60, 1), 1e20)
+    assert torch.equal(linear_recurrence(a, torch.zeros(1, 60, 1), method="sequential"), torch.zeros(1, 60, 1))
+
+
 def test_the_scan_of_any_associative_map():
     words = torch.arange(1, 12)[:, None]
     assert torch.equal(associative_scan(lambda one, two: (one[0] + two[0],), (words,))[0], words.cumsum(0))
@@ -144,6 +180,11 @@ def test_bad_input():
         matrix_recurrence(a, x)
     with pytest.raises(ValueError, match="one length"):
         associative_scan(lambda one, two: one, (torch.ones(3), torch.ones(4)))
+    with pytest.raises(ValueError, match="dim must be counted from the front, got -1"):
+        associative_scan(lambda one, two: one, (torch.ones(3, 4),), dim=-1)
+    for start in (torch.ones(2, 4), torch.ones(7, 2, 3)):
+        with pytest.raises(ValueError, match="initial must fit"):
+            linear_recurrence(a, x, start)
 
 
 # grids
@@ -182,8 +223,37 @@ def test_second_derivatives_of_the_grid_and_complex_gates():
     assert torch.autograd.gradgradcheck(lambda a, s, *g: grid_recurrence(a, s, GridTransitions(*g)), leaves)
 
 
+def test_real_sources_of_a_grid_meet_complex_gates_and_the_reverse():
+    cells, complex_cells = randn(3, 4, 1, seed=1), randn(3, 4, 1, seed=2, dtype=torch.complex128)
+    for source, gate in ((cells, complex_cells), (complex_cells, cells)):
+        source, gate = source.clone().requires_grad_(), gate.clone().requires_grad_()
+        gates = GridTransitions(gate, gate.flip(0), gate.flip(1), gate)
+        ours, theirs = (torch.stack(solve(source, source, gates)) for solve in (grid_recurrence, grid_loop))
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(gradients(ours, source, gate), gradients(theirs, source, gate))
+
+
+def test_the_grid_runs_compiled_and_under_torch_func():
+    leaves = [randn(3, 4, 2, seed=seed, grad=True) for seed in range(6)]
+    compiled = torch.compile(grid, backend="aot_eager", fullgraph=True)
+    ours, theirs = compiled(*leaves), grid(*leaves)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(ours, *leaves), gradients(theirs, *leaves))
+    many = [randn(5, 3, 4, 2, seed=seed) for seed in range(6)]
+    by_gates = torch.func.grad(lambda *leaves: grid(*leaves).square().sum(), argnums=(0, 3))
+    for place, mapped in enumerate(torch.func.vmap(by_gates)(*many)):
+        torch.testing.assert_close(mapped, torch.stack([by_gates(*one)[place] for one in zip(*many, strict=True)]))
+
+
+def grid(ahead, side, *gates):
+    return torch.stack(grid_recurrence(ahead, side, GridTransitions(*gates)))
+
+
 def test_a_gate_of_another_shape_is_refused():
     cells = torch.ones(2, 3, 1)
+    wide = torch.ones(2, 3, 4)
+    with pytest.raises(ValueError, match="ahead_side must fit sources"):
+        grid_recurrence(cells, cells, GridTransitions(cells, cells, wide, cells))
     with pytest.raises(ValueError, match="side_ahead must fit sources"):
         grid_recurrence(cells, cells, GridTransitions(cells, cells[:, :2], cells, cells))
 
@@ -217,6 +287,37 @@ def test_second_derivatives_of_the_graph():
     assert torch.autograd.gradgradcheck(lambda x, w: acyclic_recurrence(x, w, AcyclicSchedule(pairs, 5)), leaves)
 
 
+def test_the_graph_runs_compiled_and_under_torch_func():
+    pairs = random_graph(7, 20, 1)
+    schedule = AcyclicSchedule(pairs, 7)
+    x, w = randn(3, 7, 2, seed=1), randn(3, pairs.shape[1], 1, seed=2)
+
+    def energy(x, w):
+        return acyclic_recurrence(x, w, schedule).square().sum()
+
+    for argument in (0, 1):
+        by_one = torch.func.grad(energy, argnums=argument)
+        alone = torch.stack([by_one(*pair) for pair in zip(x, w, strict=True)])
+        torch.testing.assert_close(torch.func.vmap(by_one)(x, w), alone)
+    for in_dims in ((0, None), (None, 0)):
+        given = [one if dim == 0 else one[0] for one, dim in zip((x, w), in_dims, strict=True)]
+        mapped = torch.func.vmap(lambda x, w: acyclic_recurrence(x, w, schedule), in_dims)(*given)
+        rows = [[one[i] if dim == 0 else one for one, dim in zip(given, in_dims, strict=True)] for i in range(3)]
+        torch.testing.assert_close(mapped, torch.stack([acyclic_recurrence(*row, schedule) for row in rows]))
+    leaves = x[0].clone().requires_grad_(), w[0].clone().requires_grad_()
+    compiled = torch.compile(lambda x, w: acyclic_recurrence(x, w, schedule), backend="aot_eager", fullgraph=True)
+    ours, theirs = compiled(*leaves), acyclic_recurrence(*leaves, schedule)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(gradients(ours, *leaves), gradients(theirs, *leaves))
+
+
+def test_complex_weights_of_a_graph_keep_their_imaginary_part():
+    pairs = torch.tensor([[0, 0, 1], [1, 2, 2]])
+    x, w = torch.ones(3, 1, dtype=torch.float64), torch.full((3, 1), 1j, dtype=torch.complex128)
+    solved = acyclic_recurrence(x, w, AcyclicSchedule(pairs, 3))
+    assert solved.flatten().tolist() == [1, 1 + 1j, 1 + 1j + 1j * (1 + 1j)]
+
+
 def test_a_chain_has_one_round_a_pair_and_a_star_has_one():
     chain = torch.stack((torch.arange(6), torch.arange(1, 7)))
     assert len(AcyclicSchedule(chain, 7).rounds) == 6
@@ -247,3 +348,5 @@ def test_numbers_outside_the_graph_and_shapes_that_do_not_fit():
         AcyclicSchedule(torch.tensor([[0], [2]]), 2)
     with pytest.raises(ValueError, match="must be \\(2, …\\)"):
         acyclic_recurrence(torch.ones(3, 1), torch.ones(1, 1), AcyclicSchedule(torch.tensor([[0], [1]]), 2))
+    with pytest.raises(ValueError, match="weights must fit states"):
+        acyclic_recurrence(torch.ones(2, 1), torch.ones(1, 4), AcyclicSchedule(torch.tensor([[0], [1]]), 2))

@@ -1,8 +1,9 @@
 """Constrained weights as parametrizations for ``torch.nn.utils.parametrize``: signs, spectral norms, orthogonality.
 
 Each maps an unconstrained tensor to one that satisfies its constraint *exactly* (to rounding), for every value of the
-unconstrained one, so that no optimizer can break it. All read a weight as the matrix (out, everything else). For a
-convolution that matrix bounds the layer's Lipschitz constant only together with :func:`convolution_bound`'s factor.
+unconstrained one, so that no optimizer can break it. All read a weight as the matrix (out, everything else), and all
+but the sign compute in float32 at least, under autocast too, so that the rounding is that of the weight's own type. For
+a convolution that matrix bounds the layer's Lipschitz constant only together with :func:`convolution_bound`'s factor.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from provenn.core.experiment.checks import check_integer, check_number
+from provenn.core.numerics.precision import full_precision
 
 __all__ = ["Bjorck", "Cayley", "NonNegative", "SpectralBound", "convolution_bound", "spectral_norm"]
 
@@ -38,9 +40,13 @@ def spectral_norm(weight: Weight) -> Float[Tensor, ""]:
 
     Source: Golub & Van Loan, Matrix Computations (2013), section 2.3.
     """
-    matrix = weight.flatten(1) if weight.ndim > 1 else weight[:, None]
-    norm: Tensor = torch.linalg.matrix_norm(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), ord=2)
+    norm: Tensor = torch.linalg.matrix_norm(_as_matrix(weight), ord=2)
     return norm
+
+
+def _as_matrix(weight: Tensor) -> Tensor:
+    matrix = weight.flatten(1) if weight.ndim > 1 else weight[:, None]
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def convolution_bound(kernel_size: tuple[int, ...], stride: tuple[int, ...] | int = 1) -> float:
@@ -191,13 +197,14 @@ class Bjorck(nn.Module):
         Args:
             weight: The unconstrained one, not zero.
         """
-        matrix = weight.flatten(1)
+        matrix = _as_matrix(weight)
         tall = matrix.shape[0] >= matrix.shape[1]
         X = matrix if tall else matrix.mT
-        X = X / spectral_norm(X).to(X.dtype).clamp(min=torch.finfo(X.dtype).tiny)
-        for _ in range(self.iterations):
-            X = 1.5 * X - 0.5 * X @ (X.mT @ X)
-        return self.bound * (X if tall else X.mT).view_as(weight)
+        with full_precision(X.device):
+            X = X / spectral_norm(X).clamp(min=torch.finfo(X.dtype).tiny)
+            for _ in range(self.iterations):
+                X = 1.5 * X - 0.5 * X @ (X.mT @ X)
+        return (self.bound * (X if tall else X.mT)).reshape(weight.shape).to(weight.dtype)
 
     def right_inverse(self, weight: Weight) -> Weight:
         """Return an unconstrained weight that gives this one, if it is orthonormal: itself.
@@ -238,14 +245,15 @@ class Cayley(nn.Module):
         Args:
             weight: The unconstrained one.
         """
-        matrix = weight.flatten(1)
+        matrix = _as_matrix(weight)
         tall = matrix.shape[0] >= matrix.shape[1]
         X = matrix if tall else matrix.mT
         n = X.shape[1]
         upper, lower = X[:n], X[n:]
-        # (I + Z)⁻¹(I − Z) over −2 V (I + Z)⁻¹ with Z = U − Uᵀ + VᵀV has orthonormal columns for every U, V.
-        Z = upper - upper.mT + lower.mT @ lower
-        eye = torch.eye(n, dtype=X.dtype, device=X.device)
-        inverse = torch.linalg.solve(eye + Z, eye)
-        Q = torch.cat(((eye - Z) @ inverse, -2 * lower @ inverse))
-        return self.bound * (Q if tall else Q.mT).reshape(weight.shape)
+        with full_precision(X.device):
+            # (I + Z)⁻¹(I − Z) over −2 V (I + Z)⁻¹ with Z = U − Uᵀ + VᵀV has orthonormal columns for every U, V.
+            Z = upper - upper.mT + lower.mT @ lower
+            eye = torch.eye(n, dtype=X.dtype, device=X.device)
+            inverse = torch.linalg.solve(eye + Z, eye)
+            Q = torch.cat(((eye - Z) @ inverse, -2 * lower @ inverse))
+        return self.bound * (Q if tall else Q.mT).reshape(weight.shape).to(weight.dtype)

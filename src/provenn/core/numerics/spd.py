@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from provenn.core.experiment.checks import check_number
+from provenn.core.numerics.precision import full_precision
 
 Scalar = Callable[[Tensor], Tensor]
 DividedDifference = Callable[[Tensor, Tensor], Tensor]
@@ -38,32 +39,66 @@ def symmetric_function(
         f(A), symmetric.
 
     Raises:
-        torch.linalg.LinAlgError: The eigenvalues cannot be found: A is not finite.
+        torch.linalg.LinAlgError: The eigenvalues cannot be found: A is not finite (2 × 2 and below it may give NaN).
 
-    Cost: one eigendecomposition, O(n³), and four products in the backward pass. Differentiable once.
+    Cost: one eigendecomposition, O(n³), and four products in the backward pass. Differentiable once, also under
+    torch.func's vmap, grad and jacrev; a second derivative is refused. Autocast does not narrow it.
 
     Source: Daleckii & Krein (1965); Higham, Functions of Matrices (2008), theorem 3.11.
     """
-    applied: Tensor = _SymmetricFunction.apply(A, function, divided_difference)  # type: ignore[no-untyped-call]
+    applied: Tensor = _SymmetricFunction.apply(A, function, divided_difference)[0]  # type: ignore[no-untyped-call]
     return applied
 
 
 @no_type_check
 class _SymmetricFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, A: Tensor, function: Scalar, divided_difference: DividedDifference) -> Tensor:
-        eigenvalues, U = torch.linalg.eigh(0.5 * (A + A.mT))
-        ctx.save_for_backward(eigenvalues, U)
-        ctx.divided_difference = divided_difference
-        return _rebuild(function(eigenvalues), U)
+    """f(A), and beside it A's eigenvalues and eigenvectors, which no gradient leaves."""
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        eigenvalues, U = ctx.saved_tensors
-        D = ctx.divided_difference(eigenvalues[..., :, None], eigenvalues[..., None, :])
-        inner = U.mT @ (0.5 * (grad + grad.mT)) @ U
-        return U @ (D * inner) @ U.mT, None, None
+    def forward(A: Tensor, function: Scalar, divided_difference: DividedDifference) -> tuple[Tensor, Tensor, Tensor]:
+        with full_precision(A.device):
+            eigenvalues, U = torch.linalg.eigh(0.5 * (A + A.mT))
+            return _rebuild(function(eigenvalues), U), eigenvalues, U
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        A, _, ctx.divided_difference = inputs
+        _, eigenvalues, U = output
+        ctx.mark_non_differentiable(eigenvalues, U)
+        ctx.save_for_backward(A, eigenvalues, U)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return _SymmetricAdjoint.apply(grad, *ctx.saved_tensors, ctx.divided_difference), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], A: Tensor, *functions: Any) -> tuple[Any, tuple[int, ...]]:
+        # Matrices come in batches anyway; outside the map their eigenvalues can be checked.
+        return _SymmetricFunction.apply(A.movedim(in_dims[0], 0), *functions), (0, 0, 0)
+
+
+@no_type_check
+class _SymmetricAdjoint(torch.autograd.Function):
+    """The derivative. It takes A for its name only: what depends on A must not pass for a constant."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        grad: Tensor, A: Tensor, eigenvalues: Tensor, U: Tensor, divided_difference: DividedDifference
+    ) -> Tensor:
+        with full_precision(A.device):
+            D = divided_difference(eigenvalues[..., :, None], eigenvalues[..., None, :])
+            inner = U.mT @ (0.5 * (grad + grad.mT)) @ U
+            return U @ (D * inner) @ U.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("functions of symmetric matrices are differentiable once, and here is a second derivative")
 
 
 def _rebuild(values: Tensor, U: Tensor) -> Tensor:
@@ -133,7 +168,7 @@ def symmetric_exp(A: Float[Tensor, "... n n"]) -> Float[Tensor, "... n n"]:
         exp A, positive definite.
 
     Raises:
-        torch.linalg.LinAlgError: A is not finite.
+        torch.linalg.LinAlgError: A is not finite (2 × 2 and below it may give NaN).
 
     Cost: as :func:`symmetric_function`.
 
@@ -195,14 +230,18 @@ def lyapunov(P: Float[Tensor, "... n n"], V: Float[Tensor, "... n n"]) -> Float[
 @no_type_check
 class _Lyapunov(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, P: Tensor, V: Tensor) -> Tensor:
-        eigenvalues, U = torch.linalg.eigh(0.5 * (P + P.mT))
-        _check_positive(eigenvalues)
-        sums = eigenvalues[..., :, None] + eigenvalues[..., None, :]
-        L: Tensor = U @ (U.mT @ V @ U / sums) @ U.mT
-        ctx.save_for_backward(P, L)
+    def forward(P: Tensor, V: Tensor) -> Tensor:
+        with full_precision(P.device):
+            eigenvalues, U = torch.linalg.eigh(0.5 * (P + P.mT))
+            _check_positive(eigenvalues)
+            sums = eigenvalues[..., :, None] + eigenvalues[..., None, :]
+            return U @ (U.mT @ V @ U / sums) @ U.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        P, V = inputs
+        ctx.save_for_backward(P, output)
         ctx.shape = V.shape
-        return L
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,6 +251,17 @@ class _Lyapunov(torch.autograd.Function):
         by_P = -(by_V @ L.mT + L.mT @ by_V)
         by_P = 0.5 * (by_P + by_P.mT)
         return by_P.sum_to_size(P.shape), by_V.sum_to_size(ctx.shape)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *matrices: Tensor) -> tuple[Tensor, int]:
+        moved = [one if dim is None else one.movedim(dim, 0) for one, dim in zip(matrices, in_dims, strict=True)]
+        deep = max(one.ndim - (dim is not None) for one, dim in zip(matrices, in_dims, strict=True))
+        # A mapped operand gets as many dimensions behind the mapped one as the other has in all.
+        P, V = (
+            one if dim is None else one[(slice(None), *(None,) * (deep - one.ndim + 1))]
+            for one, dim in zip(moved, in_dims, strict=True)
+        )
+        return _Lyapunov.apply(P, V), 0
 
 
 def _check_positive(eigenvalues: Tensor) -> None:
@@ -236,7 +286,11 @@ def _power_difference(a: Tensor, b: Tensor, *, exponent: float) -> Tensor:
     near, wide = h.abs() < 1e-3, h.abs() > 1
     safe = torch.where(near | wide, torch.ones_like(h), h)
     series = p * (1 + (p * p - 1) * h * h / 6)
-    close = (a * b) ** ((p - 1) / 2) * torch.where(near, series, torch.sinh(p * safe) / torch.sinh(safe))
+    product, q = a * b, (p - 1) / 2
+    normal = (product >= torch.finfo(h.dtype).tiny) & (product <= torch.finfo(h.dtype).max)
+    close = torch.where(normal, product**q, a**q * b**q) * torch.where(
+        near, series, torch.sinh(p * safe) / torch.sinh(safe)
+    )
     # Numbers that far apart cancel nothing in the plain quotient.
     return torch.where(wide, (a**p - b**p) / torch.where(wide, a - b, torch.ones_like(h)), close)
 

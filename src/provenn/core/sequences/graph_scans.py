@@ -59,20 +59,29 @@ def grid_recurrence(
     Source: Pöppel, Freinschlag, Schmied, Lin & Hochreiter, "pLSTM", 2025, section 3.
     """
     shape = torch.broadcast_shapes(ahead.shape, side.shape)
+    dtype = torch.promote_types(ahead.dtype, side.dtype)
     for name, gate in zip(GridTransitions._fields, transitions, strict=True):
-        if gate.ndim != len(shape) or gate.shape[:2] != shape[:2]:
+        if gate.ndim != len(shape) or gate.shape[:2] != shape[:2] or not _broadcasts(gate.shape, shape):
             raise ValueError(f"{name} must fit sources of shape {tuple(shape)}, got {tuple(gate.shape)}")
-    states: GridStates = _Grid.apply(ahead.expand(shape), side.expand(shape), *transitions)  # type: ignore[no-untyped-call]
+        dtype = torch.promote_types(dtype, gate.dtype)
+    sources = (one.to(dtype).expand(shape) for one in (ahead, side))
+    states: GridStates = _Grid.apply(*sources, *(gate.to(dtype) for gate in transitions))  # type: ignore[no-untyped-call]
     return states
+
+
+def _broadcasts(shape: torch.Size, wanted: torch.Size) -> bool:
+    return all(size in (1, goal) for size, goal in zip(shape, wanted, strict=True))
 
 
 @no_type_check  # a signature check inside would break the graph that torch.compile traces
 class _Grid(torch.autograd.Function):
     """The grid's recurrence; adjoints enter where states leave, and move against both axes."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ahead: Tensor, side: Tensor, *transitions: Tensor) -> GridStates:
-        return _sweep(ahead, side, GridTransitions(*transitions))
+    def forward(ahead: Tensor, side: Tensor, aa: Tensor, sa: Tensor, as_: Tensor, ss: Tensor) -> GridStates:
+        return _sweep(ahead, side, GridTransitions(aa, sa, as_, ss))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -159,10 +168,6 @@ class AcyclicSchedule:
         last = int(order.max()) if order.numel() else 0
         self.rounds = [torch.nonzero(order == step).flatten().to(pairs.device) for step in range(1, last + 1)]
 
-    def reversed(self) -> AcyclicSchedule:
-        """Return the schedule of the graph with every pair turned round."""
-        return AcyclicSchedule(self.pairs.flip(0), self.states)
-
 
 def acyclic_recurrence(
     sources: Shaped[Tensor, "states *state"], weights: Shaped[Tensor, "pairs ..."], schedule: AcyclicSchedule
@@ -194,35 +199,59 @@ def acyclic_recurrence(
             f"sources and weights must be ({schedule.states}, …) and ({pairs}, …) with equally many dimensions, got "
             f"{tuple(sources.shape)} and {tuple(weights.shape)}"
         )
-    solved: Tensor = _Acyclic.apply(sources, weights, schedule)  # type: ignore[no-untyped-call]
+    if not _broadcasts(weights.shape[1:], sources.shape[1:]):
+        raise ValueError(f"weights must fit states of shape {tuple(sources.shape[1:])}, got {tuple(weights.shape)}")
+    if weights.is_complex():
+        sources = sources.to(torch.promote_types(sources.dtype, weights.dtype))
+    solved: Tensor = _Acyclic.apply(sources, weights, schedule, False)  # type: ignore[no-untyped-call]
     return solved
 
 
 @no_type_check  # a signature check inside would break the graph that torch.compile traces
 class _Acyclic(torch.autograd.Function):
-    """The graph's recurrence; adjoints run through the reversed graph with the same weights."""
+    """The graph's recurrence; adjoints run through the reversed graph with the same weights.
+
+    The rounds serve that graph too, from the last to the first: all that leaves a state is in later rounds than what
+    enters it.
+    """
 
     @staticmethod
-    def forward(sources: Tensor, weights: Tensor, schedule: AcyclicSchedule) -> Tensor:
+    def forward(sources: Tensor, weights: Tensor, schedule: AcyclicSchedule, backwards: bool) -> Tensor:
         states = sources.clone()
         origin, target = schedule.pairs
-        for entering in schedule.rounds:
+        rounds = schedule.rounds
+        if backwards:
+            origin, target, rounds = target, origin, rounds[::-1]
+        for entering in rounds:
             passed = weights[entering] * states[origin[entering]]
             states.index_add_(0, target[entering], passed.to(states.dtype))
         return states
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(inputs[1], output)
-        ctx.schedule = inputs[2]
+        _, weights, ctx.schedule, ctx.backwards = inputs
+        ctx.save_for_backward(weights, output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, states = ctx.saved_tensors
-        costate = _Acyclic.apply(grad, weights.conj(), ctx.schedule.reversed())  # type: ignore[no-untyped-call]
+        costate = _Acyclic.apply(grad, weights.conj(), ctx.schedule, not ctx.backwards)  # type: ignore[no-untyped-call]
         origin, target = ctx.schedule.pairs
+        if ctx.backwards:
+            origin, target = target, origin
         grad_weights = (costate[target] * states[origin].conj()).sum_to_size(weights.shape)
-        return costate, grad_weights, None
+        return costate, grad_weights, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], sources: Tensor, weights: Tensor, *rest: Any
+    ) -> tuple[Tensor, int]:
+        # States of equally many dimensions: the mapped one comes second, and of size 1 where only the other has it.
+        one, other = (
+            tensor.unsqueeze(1) if dim is None else tensor.movedim(dim, 1)
+            for tensor, dim in zip((sources, weights), in_dims, strict=False)
+        )
+        return _Acyclic.apply(one.expand(-1, info.batch_size, *one.shape[2:]), other, *rest), 1
 
 
 def _generations(pairs: np.ndarray, states: int) -> np.ndarray:

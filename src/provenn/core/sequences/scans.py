@@ -40,12 +40,14 @@ def associative_scan(combine: Callable[[Elements, Elements], Elements], elements
         The prefixes; y_1 is x_1 itself.
 
     Raises:
-        ValueError: The tensors' lengths differ.
+        ValueError: The tensors' lengths differ, or ``dim`` < 0.
 
     Cost: under 2T calls' worth of ``combine`` in 2 log₂ T calls; differentiable, with O(T) memory.
 
     Source: Blelloch, "Prefix sums and their applications", CMU-CS-90-190 (1990).
     """
+    if dim < 0:
+        raise ValueError(f"dim must be counted from the front, got {dim}")
     lengths = {one.shape[dim] for one in elements}
     if len(lengths) != 1:
         raise ValueError(f"elements must share one length along dimension {dim}, got {sorted(lengths)}")
@@ -89,7 +91,9 @@ def linear_recurrence(
     """Solve h_t = a_t ⊙ h_{t−1} + x_t for all t at once.
 
     Args:
-        gates: a, real or complex; any size, also above 1 (what grows overflows as it would step by step).
+        gates: a, real or complex; any size, also above 1. Chunks and the scan multiply gates with each other: where the
+            product of a stretch of them leaves the type's range, they give NaN or infinity even if the states step by
+            step would not.
         inputs: x.
         initial: h_0; zero without it.
         dim: The axis of time.
@@ -107,7 +111,7 @@ def linear_recurrence(
         ValueError: The shapes do not fit, or there is no such method.
 
     Cost: O(T) work; T, 2√T or 2 log₂ T rounds. Keeps gates and results for the backward pass, which is one more
-    recurrence. Differentiable twice and more.
+    recurrence. Differentiable twice and more, in reverse mode; works under torch.func.vmap.
 
     Source: Blelloch (1990); Martin and Cundy, "Parallelizing linear recurrent neural nets over sequence length" (2018).
     """
@@ -153,7 +157,7 @@ def matrix_recurrence(
             f"gates must be (…, time, n, n) and inputs (…, time, n, m), got {tuple(gates.shape)} and "
             f"{tuple(inputs.shape)}"
         )
-    deep = max(gates.ndim, inputs.ndim)
+    deep = max(gates.ndim, inputs.ndim, 0 if initial is None else initial.ndim + 1)
     a = gates[(None,) * (deep - gates.ndim)].movedim(-3, 0)
     x = inputs[(None,) * (deep - inputs.ndim)].movedim(-3, 0)
     return _solve(a, x, initial, method, matrices=True).movedim(0, -3)
@@ -166,27 +170,33 @@ def _solve(gates: Tensor, inputs: Tensor, initial: Tensor | None, method: str, m
     if gates.shape[0] != inputs.shape[0]:
         raise ValueError(f"gates and inputs must be equally long, got {gates.shape[0]} and {inputs.shape[0]} steps")
     tail = 2 if matrices else 0
-    lead = torch.broadcast_shapes(
-        gates.shape[1 : gates.ndim - tail],
-        inputs.shape[1 : inputs.ndim - tail],
-        () if initial is None else initial.shape[: initial.ndim - tail],
-    )
-    shape = lead + inputs.shape[inputs.ndim - tail :]
     dtype = torch.promote_types(gates.dtype, inputs.dtype)
     if initial is None:
         initial = inputs.new_zeros((), dtype=dtype)
-    start = initial.to(dtype).expand(shape)
+    elif initial.is_complex():
+        dtype = torch.promote_types(dtype, initial.dtype)
+    leads = (one[: max(0, len(one) - tail)] for one in (gates.shape[1:], inputs.shape[1:], initial.shape))
+    try:
+        shape = torch.broadcast_shapes(*leads) + inputs.shape[inputs.ndim - tail :]
+        start, x = initial.to(dtype).expand(shape), inputs.to(dtype).expand(-1, *shape)
+    except RuntimeError:
+        raise ValueError(
+            f"initial must fit what gates and inputs broadcast to without time, and those each other, got "
+            f"{tuple(initial.shape)}, and with time first {tuple(gates.shape)} and {tuple(inputs.shape)}"
+        ) from None
     if method == "auto":
         method = "sequential" if len(inputs) < _LONG else "chunked"
     if len(inputs) == 0:
-        return inputs.to(dtype).expand(0, *shape)
-    solved: Tensor = _Recurrence.apply(gates.to(dtype), inputs.to(dtype).expand(-1, *shape), start, method, matrices)  # type: ignore[no-untyped-call]
+        return x
+    solved: Tensor = _Recurrence.apply(gates.to(dtype), x, start, method, matrices)  # type: ignore[no-untyped-call]
     return solved
 
 
 @no_type_check  # a signature check inside would break the graph that torch.compile traces
 class _Recurrence(torch.autograd.Function):
     """The recurrence with time first; its derivative is the same recurrence on the adjoint gates, backwards."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(gates: Tensor, inputs: Tensor, initial: Tensor, method: str, matrices: bool) -> Tensor:
