@@ -42,12 +42,43 @@ class Wide(Layer):
         self.weight = nn.Parameter(torch.ones(width, width + 3))
 
 
+class Paired(Layer):
+    """Takes even widths alone, and says so when it is built or when it runs."""
+
+    def __init__(self, width: int, late: bool = False) -> None:
+        super().__init__(width)
+        self.odd = width % 2 == 1
+        if self.odd and not late:
+            raise ValueError("width must be even")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.odd:
+            raise RuntimeError("an odd width has no pairs")
+        return super().forward(x)
+
+
+def late(width: int) -> Paired:
+    return Paired(width, late=True)
+
+
 class Huge(Layer):
     """Too many numbers at every width."""
 
     def __init__(self, width: int) -> None:
         super().__init__(1)
         self.weight = nn.Parameter(torch.ones(1000 * width))
+
+
+class Counting(Layer):
+    """Notes whether each of its calls was in training mode."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.calls: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.append(self.training)
+        return super().forward(x)
 
 
 class Fades(Layer):

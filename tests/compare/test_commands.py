@@ -59,6 +59,8 @@ def test_a_comparison_ends_in_a_table_and_files(inline, tmp_path) -> None:
         ((*arguments("good", "poor")[:5], "--seeds", "0"), "--seeds must be at least 1"),
         ((*arguments("good", "poor")[:5], "--trials", "-1"), "--trials must be at least 0"),
         ((*arguments("good", "poor")[:5], "--workers", "0"), "--workers must be at least 1"),
+        ((*arguments("good", "poor"), "--device", "gpu"), "--device must be cpu, cuda or cuda:N, got 'gpu'"),
+        ((*arguments("good", "poor"), "--device", "cuda:99"), "--device cuda:99: torch sees"),
     ],
 )
 def test_what_does_not_exist_is_exit_code_2(inline, tmp_path, given, words) -> None:
@@ -66,6 +68,15 @@ def test_what_does_not_exist_is_exit_code_2(inline, tmp_path, given, words) -> N
     assert result.exit_code == 2
     assert words in result.stderr.replace("\n", " ")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_runs(inline, tmp_path) -> None:
+    (tmp_path / "taken").write_text("")
+    given = (*arguments("good", "poor"), "--output", str(tmp_path / "taken"))
+    result = CliRunner().invoke(APP, [*given])
+    assert result.exit_code == 2
+    assert f"--output {tmp_path / 'taken'} cannot be written" in result.stderr
+    assert ran() == []
 
 
 def test_all_parts_are_ranked_at_once(inline, tmp_path, monkeypatch) -> None:

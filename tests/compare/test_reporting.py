@@ -85,7 +85,7 @@ def test_files_hold_everything_and_replace_earlier_ones(tmp_path) -> None:
     ]
     assert held["ranking"][0]["runs"][2]["score"] == 1.0
     assert held["seeds"] == 3
-    assert held["environment"]["versions"]["torch"]
+    assert held["environments"][0]["versions"]["torch"]
 
     assert paths[2].read_bytes().startswith(b"\x89PNG")
     page = paths[3].read_text()
@@ -93,6 +93,31 @@ def test_files_hold_everything_and_replace_earlier_ones(tmp_path) -> None:
     assert "&lt;script&gt;" in page
     assert "data:image/png;base64," in page
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_report_says_where_the_runs_ran_and_not_where_it_is_written(tmp_path) -> None:
+    def where(torch: str, threads: int) -> dict[str, object]:
+        return {"versions": {"torch": torch}, "hardware": {"cpu": f"planted {threads}"}, "threads": threads}
+
+    runs = [SeedRun(seed, 0.5, 1, environment=where("9.9", 1 + seed // 3)) for seed in (1, 2, 3)]
+    rows = rank([PartResult("a", runs=runs)], maximize=True)
+    paths = write(COMPARISON, rows, tmp_path)
+    held = json.loads(paths[1].read_text())
+    assert held["environments"] == [where("9.9", 1), where("9.9", 2)]
+    assert "environment" not in held["ranking"][0]["runs"][0]
+    page = " ".join(paths[3].read_text().split())
+    assert "torch 9.9 on planted 1, 1 thread a run" in page
+    assert "torch 9.9 on planted 2, 2 threads a run" in page
+
+
+def test_a_task_of_any_name_can_be_written(tmp_path, monkeypatch) -> None:
+    from dataclasses import replace
+
+    from compare import planted
+
+    monkeypatch.setattr(planted, "ODD", replace(planted.UP, name="mine/of an odd name"), raising=False)
+    paths = write(replace(COMPARISON, task="compare.planted.ODD"), rank(results(), maximize=True), tmp_path)
+    assert {path.name.partition(".")[0] for path in paths} == {"compare-optim-mine-of-an-odd-name"}
 
 
 def test_headings_name_metric_and_direction() -> None:

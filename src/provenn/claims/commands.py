@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from provenn.claims.devices import check_device
 from provenn.claims.display import display_on, show_table, show_verdict
 from provenn.claims.errors import ExitCode, HarnessError, IncompleteError, UsageError
 from provenn.claims.harness import Ran, judged, run_cells, run_key
@@ -47,7 +48,7 @@ def run(
     with _exits():
         found = find(slug)
         plan = Plan(found.claim, tier, tuple(study or ()), seeds)
-        _check_device(device)
+        check_device(device)
         if record:
             check_recordable(found, plan)
         executor = _executor(workers, ray, device, timeout)
@@ -147,16 +148,6 @@ def _executor(workers: int | None, ray: str | None, device: str, timeout: float)
     count = workers or (1 if device.startswith("cuda") else cores)
     # One thread a cell, however many workers: figures do not depend on their number, and no threads fight for a core.
     return Workers(count, max(1, cores // count) if device.startswith("cuda") else 1, timeout)
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise UsageError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
 
 
 @contextmanager

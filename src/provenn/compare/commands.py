@@ -44,12 +44,13 @@ def compare(
     from rich.console import Console
     from rich.text import Text
 
+    from provenn.claims.devices import check_device
     from provenn.claims.errors import ExitCode, HarnessError
     from provenn.claims.ledger import Ledger
     from provenn.compare.listing import parts_in_words, tasks_in_words
     from provenn.compare.lookup import find_kind, find_task
     from provenn.compare.ranking import rank
-    from provenn.compare.reporting import figures_table, table, write
+    from provenn.compare.reporting import check_folder, figures_table, table, write
     from provenn.compare.running import Comparison, check
 
     console = Console()
@@ -62,9 +63,11 @@ def compare(
         counts = (_at_least("trials", trials, 0), _at_least("seeds", seeds, 1))
         hands = _hands(device) if workers is None else _at_least("workers", workers, 1)
         names = None if parts.strip() == "all" else _part_names(parts)
+        check_device(device)
         comparison = Comparison(kind, task, names or (), *counts, device)
         check(comparison)
         comparison = _fitting(comparison, console)
+        check_folder(output)
         with Ledger() as ledger:
             results = _run(comparison, hands, timeout, ledger, fresh)
         rows = rank(results, find_kind(kind).maximize(find_task(task)))

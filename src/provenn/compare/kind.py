@@ -31,6 +31,7 @@ class Kind:
         unfit: ``unfit(task, part)`` → why a part cannot run on a task, in a few words, or ``None`` if it can. Who
             asks for all parts gets those that fit; a named part that does not is refused before anything is trained.
         figures: Further figures that ``run`` yields as ``Metric``, shown beside the headline and drawn against it.
+        note: ``note(task)`` → how the figures are measured, in words.
 
     A task may bring ``references``, ``cost`` and ``over`` of its own; its ``cost`` and ``over`` come before the kind's.
     """
@@ -44,6 +45,7 @@ class Kind:
     over: str | None = None
     unfit: Callable[[Any, Any], str | None] | None = None
     figures: tuple[str, ...] = ()
+    note: Callable[[Any], str] | None = None
 
     def axes(self, task: AnyTask) -> tuple[str | None, str | None]:
         """Return what the second axis is, and what the course is drawn over, on a task."""

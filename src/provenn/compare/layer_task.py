@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -39,7 +40,7 @@ class LayerTask:
         parameters: Every network gets the width that brings it nearest to so many parameters; ``None``: the width is
             ``width`` for all.
         width: The width without a budget of parameters.
-        step: Widths within a budget are multiples of it.
+        step: Within a budget every part takes its multiples as widths; those between come in where it takes them too.
         loss: ``loss(model, x, y)`` → scalar.
         measure: ``measure(model, x, y)`` → the headline metric.
         metric: Its name.
@@ -72,14 +73,36 @@ class LayerTask:
         return LayerSetup(self, _split(self, device), seed, device, tuning)
 
     def fitting_width(self, part: Any) -> int:
-        """Return the width whose network comes nearest to the budget of parameters.
+        """Return the width whose network comes nearest to the budget of parameters, of those that the part takes.
 
         Raises:
-            ValueError: No width up to 1024 comes within a fifth of it.
+            ValueError: No multiple of the step up to 1024 comes within a fifth of it.
         """
         if self.parameters is None:
             return self.width
-        return matching_width(lambda width: count_parameters(self.build(part, width)), self.parameters, self.step)
+        budget, step = self.parameters, self.step
+        coarse = matching_width(lambda width: count_parameters(self.build(part, width)), budget, step)
+        between = {width: self._size(part, width) for width in range(max(1, coarse - step + 1), coarse + step)}
+        sizes = {width: size for width, size in between.items() if size is not None}
+        ordered = sorted(sizes, key=lambda width: (abs(sizes[width] - budget), width != coarse))
+        return next(width for width in ordered if width == coarse or self._runs(part, width))
+
+    def _size(self, part: Any, width: int) -> int | None:
+        """Return a network's parameters; ``None`` if the part refuses the width."""
+        try:
+            return count_parameters(self.build(part, width))
+        except Exception:
+            return None
+
+    def _runs(self, part: Any, width: int) -> bool:
+        """Return whether a network of a width takes samples: some layers refuse a width no earlier."""
+        split = _split(self, "cpu")
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings(action="ignore"):
+                self.loss(self.build(part, width), split.x_train[:2], split.y_train[:2])
+        except Exception:
+            return False
+        return True
 
 
 def count_parameters(model: nn.Module) -> int:

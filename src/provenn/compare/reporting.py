@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from provenn.claims.cells import environment
+from provenn.claims.errors import UsageError
 from provenn.compare.lookup import find_kind, find_task
 from provenn.compare.plotting import draw
 from provenn.compare.ranking import Row
@@ -70,7 +72,7 @@ def figures_table(comparison: Comparison, rows: Sequence[Row]) -> Table | None:
     figures = find_kind(comparison.kind).figures
     if not figures:
         return None
-    made = Table(title=Text("what the networks cost"))
+    made = Table(title=Text("what the networks cost"), caption=Text(_note(comparison)))
     for column in ("rank", "part"):
         made.add_column(column, overflow="fold")
     for column in figures:
@@ -79,6 +81,11 @@ def figures_table(comparison: Comparison, rows: Sequence[Row]) -> Table | None:
         if row.rank is not None:
             made.add_row(*map(Text, (*_cells(row)[:2], *(_figure(row, name) for name in figures))))
     return made
+
+
+def _note(comparison: Comparison) -> str:
+    note = find_kind(comparison.kind).note
+    return "" if note is None else note(find_task(comparison.task))
 
 
 def heading(comparison: Comparison) -> str:
@@ -108,9 +115,17 @@ def plain(comparison: Comparison, rows: Sequence[Row]) -> dict[str, Any]:
         "maximize": kind.maximize(task),
         "cost": cost,
         "over": over,
-        "environment": dict(environment(comparison.device)),
+        "note": _note(comparison),
+        "environments": _environments(comparison, rows),
         "ranking": [_plain_row(row) for row in rows],
     }
+
+
+def _environments(comparison: Comparison, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return the distinct conditions that runs had, those kept from before included; of no runs, those of here."""
+    found = [dict(run.environment) for row in rows for run in row.result.runs if run.environment]
+    distinct = [one for place, one in enumerate(found) if one not in found[:place]]
+    return distinct or [environment(comparison.device)]
 
 
 def _plain_row(row: Row) -> dict[str, Any]:
@@ -123,7 +138,7 @@ def _plain_row(row: Row) -> dict[str, Any]:
         "behind": None if row.behind is None else asdict(row.behind),
         "settings": dict(one.settings),
         "tried": tried,
-        "runs": [asdict(run) for run in one.runs],
+        "runs": [{name: value for name, value in asdict(run).items() if name != "environment"} for run in one.runs],
         "failure": one.failure,
     }
 
@@ -152,7 +167,7 @@ def write(comparison: Comparison, rows: Sequence[Row], folder: Path) -> list[Pat
         The files; earlier ones of the same name are replaced.
 
     Raises:
-        OSError: The folder cannot be written.
+        UsageError: The folder cannot be written.
     """
     kind, task = find_kind(comparison.kind), find_task(comparison.task)
     cost, over = kind.axes(task)
@@ -164,9 +179,26 @@ def write(comparison: Comparison, rows: Sequence[Row], folder: Path) -> list[Pat
         "png": png,
         "html": _page(comparison, rows, png).encode(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = f"compare-{comparison.kind}-{task.name}"
-    return [_replace(folder / f"{stem}.{suffix}", content) for suffix, content in contents.items()]
+    stem = re.sub(r"[^\w.-]+", "-", f"compare-{comparison.kind}-{task.name}")
+    check_folder(folder)
+    try:
+        return [_replace(folder / f"{stem}.{suffix}", content) for suffix, content in contents.items()]
+    except OSError as error:
+        raise UsageError(f"--output {folder} cannot be written: {error}") from error
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder if need be, and check that files can be made there.
+
+    Raises:
+        UsageError: They cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output {folder} cannot be written: {error}") from error
 
 
 def _page(comparison: Comparison, rows: Sequence[Row], png: bytes) -> str:
@@ -178,7 +210,8 @@ def _page(comparison: Comparison, rows: Sequence[Row], png: bytes) -> str:
         columns=(*COLUMNS, *figures),
         rows=cells(rows, figures),
         plot=base64.b64encode(png).decode(),
-        environment=environment(comparison.device),
+        note=_note(comparison),
+        environments=_environments(comparison, rows),
     )
 
 

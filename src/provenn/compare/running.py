@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import optuna
 
@@ -59,7 +60,9 @@ def tuning_runs(comparison: Comparison) -> int:
 
 @dataclass(frozen=True)
 class SeedRun:
-    """What one seed left: headline figure, steps, points of trade-off and course, seconds, and the kind's figures."""
+    """What one seed left: headline figure, steps, points of trade-off and course, seconds, the kind's figures, and the
+    versions, hardware and threads that it ran with.
+    """
 
     seed: int
     score: float
@@ -68,6 +71,7 @@ class SeedRun:
     course: tuple[tuple[float, float], ...] = ()
     seconds: float = 0.0
     figures: Mapping[str, float] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -126,7 +130,8 @@ class _Course:
         front, course = (tuple(record.curves.get(name, ())) for name in ("front", "course"))
         figures = {name: record.metrics[name] for name in self._figures}
         steps = int(record.metrics["steps"])
-        self.result.runs.append(SeedRun(key.seed, score, steps, front, course, record.seconds, figures))
+        where = record.environment
+        self.result.runs.append(SeedRun(key.seed, score, steps, front, course, record.seconds, figures, where))
         self.result.runs.sort(key=lambda run: run.seed)
 
     def failed(self, key: CellKey, cause: str) -> None:

@@ -25,10 +25,11 @@ NARROW = 4
 
 def run(setup: LayerSetup, part: Any, settings: Settings) -> Iterator[Event]:
     """Train the task's network around a part, and weigh it."""
-    model, task = setup.model(part), setup.task
-    # Weighed before training, as a training may change what a layer skips, and stochastic layers draw.
-    for name, value in setup.figures(model).items():
+    # Weighed before training, as a training may change what a layer skips; and on a network of its own, as weighing
+    # moves the statistics that norms keep.
+    for name, value in setup.figures(setup.model(part)).items():
         yield Metric(name, value)
+    model, task = setup.model(part), setup.task
     optimizer = torch.optim.Adam(model.parameters(), lr=float(settings.get("lr", DEFAULT_RATE)))
     steps = 0
     update = _update(model, optimizer, task)
@@ -84,4 +85,13 @@ def _in_words(error: Exception) -> str:
     return f"also asks for {asked[1]}" if asked else line
 
 
-KIND = Kind(name="nn", part_kind="module", run=run, unfit=unfit, figures=FIGURES)
+def note(task: LayerTask) -> str:
+    """Say how the figures are measured."""
+    return (
+        "MACs: of matrix products and convolutions; Fourier transforms, scans and elementwise work are not counted. "
+        f"ms: a forward pass of {task.batch_size} samples in evaluation mode, beside whatever else the machine does. "
+        "Peak: tensors alive in a forward and backward pass in training mode, weights not counted."
+    )
+
+
+KIND = Kind(name="nn", part_kind="module", run=run, unfit=unfit, figures=FIGURES, note=note)

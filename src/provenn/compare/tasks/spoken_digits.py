@@ -25,10 +25,10 @@ def data() -> Split:
     sounds = load("fsdd")
     wave = torch.from_numpy(sounds.padded(sounds.sample_rate))
     x = nn.functional.avg_pool1d(wave[:, None], RATE)[:, 0]
-    x = (x / x.std()).unflatten(1, (-1, SAMPLES))
     y, take = torch.from_numpy(sounds.y), torch.from_numpy(sounds.take)
     test, validation = take < TEST_TAKES, (take >= TEST_TAKES) & (take < VALIDATION_TAKES)
     train = take >= VALIDATION_TAKES
+    x = (x / x[train].std()).unflatten(1, (-1, SAMPLES))
     return Split(x[train], y[train], x[validation], y[validation], x[test], y[test])
 
 
