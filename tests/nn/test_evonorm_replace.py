@@ -265,6 +265,58 @@ def test_what_cannot_be_read_or_rewritten_is_refused():
         replace_norm_act(Twice(), "B0")
 
 
+class Merge(nn.Module):
+    """A block of a decoder, with or without a skip connection."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.skip = nn.BatchNorm2d(4), nn.Identity()
+
+    def forward(self, x, skip=None, *, gain=2.0):
+        if skip is not None:
+            x = x + self.skip(skip)
+        return gain * functional.relu(self.norm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, *skips):
+        super().__init__()
+        self.block, self.skips = Merge(), skips
+
+    def forward(self, x):
+        for skips in self.skips:
+            x = self.block(x, skip=x if skips else None, gain=3.0)
+        return x
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_rewritten_block_does_with_optional_arguments_what_it_does_in_the_model(skips):
+    x, model = normal(2, 4, 5, 5), settled(Decoder(skips, skips))
+    converted = replace_norm_act(model, "B0").eval()
+    layer = converted.block.norm
+    assert layer.apply_act
+    expected = x
+    for _ in range(2):
+        expected = 3 * layer(2 * expected if skips else expected)
+    for one in (converted, pickle.loads(pickle.dumps(converted))):
+        torch.testing.assert_close(one(x), expected)
+
+
+def test_a_block_that_is_called_with_and_without_an_argument_is_refused():
+    message = "Merge whose forward does other things where skip is None"
+    with pytest.raises(ValueError, match=message):
+        replace_norm_act(Decoder(True, False), "B0")
+    with pytest.raises(ValueError, match=message):  # nobody knows how the model itself will be called
+        replace_norm_act(Merge(), "B0")
+
+
+def test_a_batch_norm_by_itself_becomes_its_affine_map():
+    norm = settled(nn.BatchNorm2d(4))
+    layer, x = replace_norm_act(norm, "S0"), normal(2, 4, 5, 5)
+    expected = norm.weight.view(4, 1, 1) * x + norm.bias.view(4, 1, 1)
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_a_converted_model_exports_and_a_traced_one_converts():
     x, block = normal(2, 4, 5, 5), settled(SharedRelu())
     converted = replace_norm_act(block, "S1", group_size=2).eval()

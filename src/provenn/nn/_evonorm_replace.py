@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import _assert_is_none
 from torch.nn import functional
 
 from provenn.core.experiment.checks import check_choice
@@ -42,10 +43,11 @@ def replace_norm_act(
 
     A module whose ``forward`` calls an activation as a function behind a batch norm, or one activation module for
     pairs and for other things, becomes an ``fx.GraphModule`` of the same children without those calls; parts that its
-    ``forward`` does not use are not in it. All other modules keep their class.
+    ``forward`` does not use are not in it, hooks on it neither, and an argument that is ``None`` in all its calls stays
+    unread. All other modules keep their class.
 
     Args:
-        model: A model. Left as it is.
+        model: A model, or an ``nn.BatchNorm2d`` itself. Left as it is.
         kind: As in :class:`EvoNorm2d`.
         groups: As in :class:`EvoNorm2d`.
         group_size: As in :class:`EvoNorm2d`.
@@ -58,8 +60,8 @@ def replace_norm_act(
         TypeError: ``model`` is not a module.
         ValueError: The model has no ``nn.BatchNorm2d``; its ``forward`` cannot be traced, as its control flow depends
             on values; a batch norm is called twice, once with an activation behind it and once without; a ``forward``
-            that must be rewritten differs between training and eval mode; groups do not divide some layer's channels;
-            or an unknown ``kind``.
+            that must be rewritten differs between training and eval mode, or with and without an optional argument
+            that is sometimes given; groups do not divide some layer's channels; or an unknown ``kind``.
 
     Cost: memory of the copy; the model is traced, not run.
 
@@ -69,6 +71,8 @@ def replace_norm_act(
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_choice("kind", kind, KINDS)
     root = copy.deepcopy(model)
+    if type(root) is nn.BatchNorm2d:
+        return _converted(root, False, kind, groups, group_size, eps)
     flow = _Flow.of(root)
     if not flow.norms:
         raise ValueError(f"model must call at least one nn.BatchNorm2d, got {type(model).__name__} without")
@@ -83,7 +87,7 @@ def replace_norm_act(
     callers = {flow.callers[node] for node in left if node in gone}
     for owner in reversed([module for module in root.modules() if module in callers]):  # inner ones first
         drop = [node in gone for node in left if flow.callers[node] is owner]
-        rewritten = _rewritten(owner, drop)
+        rewritten = _rewritten(owner, drop, flow.absent.get(owner))
         if owner is root:
             return rewritten
         _put(root, {owner: rewritten})
@@ -98,17 +102,19 @@ class _Flow:
         norms: For every batch norm, for each of its calls, the activation that alone takes its output, or ``None``.
         activations: The calls of activations in their order, with the module, or ``None`` for a function.
         callers: The module whose ``forward`` made a call.
+        absent: For every module that was entered, for each of its calls, the arguments that were ``None``.
     """
 
     norms: dict[nn.BatchNorm2d, list[fx.Node | None]] = field(default_factory=dict)
     activations: dict[fx.Node, nn.Module | None] = field(default_factory=dict)
     callers: dict[fx.Node, nn.Module] = field(default_factory=dict)
+    absent: dict[nn.Module, list[set[str]]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, root: nn.Module) -> _Flow:
         tracer = _Tracer()
         graph = _traced(tracer, root)
-        flow = cls(callers=tracer.callers)
+        flow = cls(callers=tracer.callers, absent=tracer.absent)
         for node in graph.nodes:
             module = _module_of(node, root)
             if type(module) is nn.BatchNorm2d:
@@ -132,6 +138,7 @@ class _Tracer(fx.Tracer):
     def __init__(self, shallow: bool = False) -> None:
         super().__init__()
         self.callers: dict[fx.Node, nn.Module] = {}
+        self.absent: dict[nn.Module, list[set[str]]] = {}
         self._shallow = shallow
         self._inside: list[nn.Module] = []
 
@@ -145,9 +152,13 @@ class _Tracer(fx.Tracer):
         """Enter a module, by its own forward."""
         if self.is_leaf_module(m, self.path_of_module(m)):
             return super().call_module(m, forward, args, kwargs)
+        plain = inspect.unwrap(type(m).forward)
+        given = inspect.signature(plain).bind(m, *args, **kwargs)
+        given.apply_defaults()
+        self.absent.setdefault(m, []).append({name for name, value in given.arguments.items() if value is None})
         self._inside.append(m)
         try:
-            return inspect.unwrap(type(m).forward)(m, *args, **kwargs)
+            return plain(m, *args, **kwargs)
         finally:
             self._inside.pop()
 
@@ -158,12 +169,12 @@ class _Tracer(fx.Tracer):
         return node
 
 
-def _traced(tracer: _Tracer, root: nn.Module) -> fx.Graph:
+def _traced(tracer: _Tracer, root: nn.Module, absent: Iterable[str] = ()) -> fx.Graph:
     kind = type(root)
     plain = type(kind.__name__, (kind,), {"forward": inspect.unwrap(kind.forward), "__module__": kind.__module__})
     root.__class__ = plain  # the tracer calls the root's class's forward, decorators and all
     try:
-        return tracer.trace(root)
+        return tracer.trace(root, dict.fromkeys(absent))
     except Exception as error:  # what a forward does with the stand-ins, and so what it raises, is open
         raise ValueError(
             f"model must have a forward that torch.fx can trace; convert the blocks that have, one by one "
@@ -216,15 +227,19 @@ def _converted(
     return layer.train(norm.training)
 
 
-def _rewritten(owner: nn.Module, drop: list[bool]) -> fx.GraphModule:
+def _rewritten(owner: nn.Module, drop: list[bool], absent: list[set[str]] | None) -> fx.GraphModule:
     """Return an owner's forward as a graph over its children, without some of the activations that it calls.
 
     Args:
         owner: The module.
         drop: For every activation in the order of calls, over all calls of the owner, whether it goes.
+        absent: For each of these calls the arguments that were ``None``; ``None`` for the model itself, whose calls
+            are not known.
     """
-    name, graph = type(owner).__name__, _shallow(owner)
-    if str(graph) != str(_shallow(owner, other_mode=True)):
+    name = type(owner).__name__
+    never = _never_given(owner, absent)
+    graph = _shallow(owner, never)
+    if str(graph) != str(_shallow(owner, never, other_mode=True)):
         raise ValueError(f"model must not have a {name} that calls activations by its mode, training or eval")
     activations = [node for node in graph.nodes if _is_activation(node, owner)]
     calls = [drop[start : start + len(activations)] for start in range(0, len(drop), len(activations))]
@@ -237,13 +252,39 @@ def _rewritten(owner: nn.Module, drop: list[bool]) -> fx.GraphModule:
     return fx.GraphModule(owner, graph, name)
 
 
-def _shallow(owner: nn.Module, other_mode: bool = False) -> fx.Graph:
+def _never_given(owner: nn.Module, absent: list[set[str]] | None) -> set[str]:
+    """Return the arguments that are ``None`` in every call; what a forward does with others is traced."""
+    if absent is None:
+        parameters = inspect.signature(inspect.unwrap(type(owner).forward)).parameters.values()
+        absent = [set(), {one.name for one in parameters if one.default is None}]
+    never, sometimes = set.intersection(*absent), set.union(*absent)
+    for name in sorted(sometimes - never):
+        if _program(_shallow(owner, never), name) != _program(_shallow(owner, never | {name}), name):
+            raise ValueError(
+                f"model must not have a {type(owner).__name__} whose forward does other things where {name} is None"
+            )
+    return never
+
+
+def _program(graph: fx.Graph, absent: str) -> list[Any]:
+    """Return what a graph does with ``None`` for an argument, whatever its nodes are called."""
+    place = {node: None if node.target == absent else f"%{index}" for index, node in enumerate(graph.nodes)}
+    return [(node.op, node.target, fx.node.map_arg((node.args, node.kwargs), place.get)) for node in graph.nodes]
+
+
+def _shallow(owner: nn.Module, absent: set[str], other_mode: bool = False) -> fx.Graph:
     mode = owner.training
     owner.training = mode != other_mode
     try:
-        return _traced(_Tracer(shallow=True), owner)
+        graph = _traced(_Tracer(shallow=True), owner, absent)
     finally:
         owner.training = mode
+    for node in list(graph.nodes):
+        if node.target is _assert_is_none:  # what torch.fx adds here can neither be pickled nor traced again
+            placeholder = node.all_input_nodes[0]
+            graph.erase_node(node)
+            placeholder.target = str(placeholder.target).rpartition("_")[0]  # torch.fx has numbered it
+    return graph
 
 
 def _put(root: nn.Module, made: dict[nn.Module, nn.Module]) -> None:
