@@ -11,6 +11,7 @@ from provenn.claims import Evidence
 from provenn.claims.claim import Trial
 from provenn.claims.nn import sigmoid_attention as claim
 from provenn.contracts import BadInput, FunctionCase, ModuleCase, ProbeCase, Symmetry
+from provenn.contracts.watch import plain_signatures
 from provenn.core.experiment.seeding import seeded
 from provenn.nn import SigmoidAttention, attention_regularity, replace_attention
 from provenn.nn._sigmoid_attention_baselines import ReluAttention, SoftmaxAttention
@@ -704,6 +705,62 @@ def test_replacement_keeps_what_it_says_and_leaves_the_original():
 def test_replacement_of_attention_itself():
     assert isinstance(replace_attention(nn.MultiheadAttention(8, 2)), SigmoidAttention)
     assert not replace_attention(nn.MultiheadAttention(8, 2)).batch_first
+
+
+class Doubled(nn.MultiheadAttention):
+    """Attention that computes something else than torch's."""
+
+    def forward(self, query, *args, **options):
+        return super().forward(2 * query, *args, **options)
+
+
+class Small(nn.MultiheadAttention):
+    """Torch's attention with sizes of its own."""
+
+    def __init__(self):
+        super().__init__(8, 2)
+
+
+def test_replacement_leaves_subclasses_that_compute_something_else():
+    replaced = replace_attention(nn.ModuleList([Doubled(8, 2), Small()]))
+    assert [type(module) for module in replaced] == [Doubled, SigmoidAttention]
+    with pytest.raises(ValueError, match="at least one"):
+        replace_attention(Doubled(8, 2))
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, *args):
+        super().__init__()
+        self.attention = SigmoidAttention(*args).double()
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("bias", ["-log_n", "visible"])
+def test_one_graph_serves_all_lengths_and_batches(bias):
+    model, graphs = SelfAttention(8, 2, bias), []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    with plain_signatures(), torch.no_grad():
+        compiled = torch.compile(model, backend=counting, fullgraph=True, dynamic=True)
+        free = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+        exported = torch.export.export(model, (normal(3, 7, 8),), dynamic_shapes=free).module()
+        for batch, length in ((3, 7), (2, 5), (4, 12), (5, 3)):
+            x = normal(batch, length, 8)
+            for other in (compiled, exported):
+                torch.testing.assert_close(other(x), model(x), rtol=0, atol=1e-12)
+    assert len(graphs) == 1
+
+
+def test_shapes_are_known_without_values():
+    layer, x = SigmoidAttention(8, 2, device="meta"), torch.empty(3, 7, 8, device="meta")
+    output, weights = layer(x, x, x)
+    assert (output.shape, weights.shape) == (x.shape, (3, 7, 7))
 
 
 # Back ends.

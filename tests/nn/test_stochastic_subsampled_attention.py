@@ -640,6 +640,20 @@ def test_conversion_keeps_the_function_and_the_weights():
     assert not torch.allclose(one, other)
 
 
+class Doubled(nn.MultiheadAttention):
+    """Attention that computes something else than torch's."""
+
+    def forward(self, query, *args, **options):
+        return super().forward(2 * query, *args, **options)
+
+
+def test_conversion_leaves_subclasses_that_compute_something_else():
+    model = nn.ModuleList([Doubled(8, 2), nn.MultiheadAttention(8, 2)])
+    assert [type(module) for module in convert_to_ssa(model)] == [Doubled, SubsampledAttention]
+    with pytest.raises(ValueError, match="over itself"):
+        convert_to_ssa(Doubled(8, 2))
+
+
 def test_conversion_leaves_attention_to_an_encoder_alone():
     decoder = nn.TransformerDecoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
     converted = convert_to_ssa(decoder)
@@ -737,3 +751,17 @@ def test_it_works_under_autocast():
         out.float().square().sum().backward()
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), module(x, x, x, need_weights=False)[0], rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("bias", ["none", "local"])
+def test_subsets_are_drawn_whatever_the_default_device(bias):
+    model, x = Classifier(bias=bias).double().train(), normal(2, 8, 8)
+
+    def trained():
+        with seeded(0):
+            return model(x)
+
+    expected, members = trained(), SubEnsemble(model, 3)(x)
+    with torch.device("meta"):  # where what is made without a device would be, without values
+        assert torch.equal(trained(), expected)
+        assert torch.equal(SubEnsemble(model, 3)(x), members)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from provenn.core.experiment.checks import check_choice, check_number
-from provenn.core.sequences.attention import ScoreTerms, reference_attention
+from provenn.core.sequences.attention import ScoreTerms, autocast_dtype, reference_attention, wide
 from provenn.core.sequences.masks import Mask, visible_keys
 from provenn.core.sequences.streaming import BLOCK, streaming_attention
 from provenn.nn._sigmoid_attention_backends import load_triton, why_not_triton
@@ -91,8 +91,8 @@ def attend(
     """As :func:`sigmoid_attention`, and the weights where they are needed, which takes the reference."""
     check_choice("backend", backend, BACKENDS)
     check_number("dropout_p", dropout_p, at_least=0, below=1)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(q.device)
+    if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         with torch.autocast(q.device.type, enabled=False):
             return attend(q, k, v, mask, bias, scale, backend, is_causal, alibi_slopes, dropout_p, need_weights)
@@ -147,18 +147,24 @@ def _bias_term(
         _check_broadcast("bias", bias, (*q.shape[:-1], 1))
         return bias
     if bias is None or bias == "-log_n":
-        return -math.log(max(keys, 1))
+        return _minus_log(keys, q)
     if bias == "visible":
         if mask is None and not causal:
-            return -math.log(max(keys, 1))
+            return _minus_log(keys, q)
         # A query that sees nothing gets weights σ(−∞) = 0 whatever its bias, which must stay finite.
         seen = visible_keys(queries, keys, mask, causal, q.device).clamp(min=1)
-        return -seen.to(torch.promote_types(q.dtype, torch.float32)).log()
+        return -seen.to(wide(q.dtype)).log()
     if isinstance(bias, str):
         raise ValueError(f'bias must be "-log_n", "visible", a number or a tensor, got {bias!r}')
     if math.isnan(bias):
         raise ValueError(f"bias must not be NaN, got {bias}")
     return float(bias)
+
+
+def _minus_log(keys: int, q: Tensor) -> Tensor | float:
+    if torch.compiler.is_compiling():  # a number would tie what is traced to this number of keys
+        return -q.new_full((), max(keys, 1), dtype=torch.float64).log().to(wide(q.dtype))
+    return -math.log(max(keys, 1))
 
 
 def _chosen_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, terms: ScoreTerms, dropout_p: float) -> str:
@@ -172,4 +178,4 @@ def _chosen_backend(backend: str, q: Tensor, k: Tensor, v: Tensor, terms: ScoreT
             return load_triton()
         if backend == "triton":
             raise RuntimeError(f'backend="triton" cannot run here: {refusal}')
-    return "reference" if q.shape[:-1].numel() * k.shape[-2] <= BLOCK else "blocked"
+    return "reference" if math.prod(q.shape[:-1]) * k.shape[-2] <= BLOCK else "blocked"

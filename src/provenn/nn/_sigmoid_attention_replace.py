@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from provenn.core.sequences.multihead import is_softmax_attention
 from provenn.nn._sigmoid_attention_layer import SigmoidAttention
 
 
@@ -23,8 +24,9 @@ def replace_attention(
 
     Kept: the weights and biases of the four projections and whether they are trained, dropout, ``batch_first``,
     ``kdim`` and ``vdim``, device, type and mode; a module used twice is still one. Not kept: the function (weights
-    that softmax normalised are not close to sigmoid's; train or fine-tune), and hooks and parametrizations on the
-    replaced modules. Transformer encoders of torch no longer take their fused inference path.
+    that softmax normalised are not close to sigmoid's; train or fine-tune), and hooks, parametrizations and weights
+    shared with other modules, on the replaced ones. Subclasses with a ``forward`` of their own stay as they are.
+    Transformer encoders of torch no longer take their fused inference path.
 
     Args:
         model: A model, or an ``nn.MultiheadAttention`` itself. Left as it is.
@@ -48,13 +50,13 @@ def replace_attention(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     options |= {"bias": bias, "qk_norm": qk_norm, "layer_scale": layer_scale, "out_norm": out_norm}
-    if isinstance(model, nn.MultiheadAttention):
+    if is_softmax_attention(model):
         return _converted(model, options)
     model = copy.deepcopy(model)
     made: dict[nn.Module, SigmoidAttention] = {}
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):  # named_children would leave out a module's second name
-            if isinstance(child, nn.MultiheadAttention):
+            if is_softmax_attention(child):
                 made[child] = made.get(child) or _converted(child, options)
                 setattr(module, name, made[child])
         if isinstance(module, nn.TransformerEncoder):

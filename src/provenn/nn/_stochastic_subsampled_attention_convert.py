@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from provenn.core.experiment.seeding import derive_seed
+from provenn.core.sequences.multihead import is_softmax_attention
 from provenn.nn._stochastic_subsampled_attention_layer import SubsampledAttention
 
 
@@ -19,7 +20,9 @@ def convert_to_ssa(model: nn.Module, sparsity: int = 4, **options: Any) -> nn.Mo
 
     In evaluation mode the copy computes what the model does; in training its attention is subsampled. Kept: weights
     and biases and whether they are trained, dropout, ``batch_first``, device, type and mode; a module used twice is
-    still one. Left alone: the attention of ``nn.TransformerDecoderLayer`` to the encoder, which has no own source.
+    still one. Not kept: hooks, parametrizations and weights shared with other modules, on the replaced ones. Left
+    alone: the attention of ``nn.TransformerDecoderLayer`` to the encoder, which has no own source, and subclasses with
+    a ``forward`` of their own.
 
     Args:
         model: A model, or an ``nn.MultiheadAttention`` itself. Left as it is.
@@ -41,14 +44,14 @@ def convert_to_ssa(model: nn.Module, sparsity: int = 4, **options: Any) -> nn.Mo
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     options["sparsity"] = sparsity
-    if isinstance(model, nn.MultiheadAttention):
+    if is_softmax_attention(model):
         return _converted(model, options)
     model = copy.deepcopy(model)
     made: dict[nn.Module, SubsampledAttention] = {}
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):  # named_children would leave out a module's second name
             crossing = isinstance(module, nn.TransformerDecoderLayer) and name == "multihead_attn"
-            if isinstance(child, nn.MultiheadAttention) and not crossing:
+            if is_softmax_attention(child) and not crossing:
                 made[child] = made.get(child) or _converted(child, options)
                 setattr(module, name, made[child])
         if isinstance(module, nn.TransformerEncoder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from jaxtyping import Float
@@ -190,6 +190,11 @@ class MultiheadLayer(nn.Module):
         if self.rope:
             q, k = rotate(q, offset=k.shape[-2] - q.shape[-2]), rotate(k)
         return q, k, v
+
+
+def is_softmax_attention(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
+    """Return whether a module is torch's attention, also by a subclass, unless that computes something else."""
+    return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
 
 def _check_mask_type(name: str, mask: Tensor) -> None:
