@@ -42,6 +42,9 @@ def measure() -> dict[str, Any]:
         for way, ratios in (("package", over_package), ("librosa", over_librosa)):
             if way in times:
                 ratios[name] = times[way] / times["ours"]
+    back = _back(x)
+    over_librosa |= {"ISTFT": back["librosa"], "GriffinLim, 8 rounds": _rounds(x)}
+    over_package["ISTFT"] = back["package"]
     exact = [to_librosa[name] for name in ("STFT", "MelSpectrogram", "MFCC", _WAVELETS)]
     return {
         "peer": f"librosa {librosa.__version__}; nnAudio {_version()} beside it",
@@ -176,6 +179,31 @@ def _wavelet_gap(x: Tensor) -> float:
     frames = np.lib.stride_tricks.sliding_window_view(padded, width, axis=1)[:, ::512]
     expected = np.abs(frames @ wave.T.conj()).swapaxes(1, 2) * np.sqrt(lengths)[:, None]
     return _gap(layer(x)[:, whole], expected[:, whole])
+
+
+def _back(x: Tensor) -> dict[str, float]:
+    """Return the times of the inverse elsewhere over ours; the package's Griffin–Lim does not run with this torch."""
+    from nnAudio import features
+
+    layer, spectra = audio.ISTFT(), audio.STFT(output_format="Complex")(x)
+    package = features.iSTFT(n_fft=2048, hop_length=512, verbose=False)
+    rows, samples = torch.view_as_complex(spectra).numpy(), x.shape[1]
+    ways: dict[str, Call] = {
+        "ours": partial(layer, spectra, samples),
+        "package": partial(package, spectra, onesided=True, length=samples),
+        "librosa": partial(librosa.istft, rows, length=samples),
+    }
+    with torch.no_grad():
+        times = alternate(ways, rounds=5)
+    return {name: taken / times["ours"] for name, taken in times.items()}
+
+
+def _rounds(x: Tensor) -> float:
+    layer, magnitude = audio.GriffinLim(n_iter=8), audio.STFT(output_format="Magnitude")(x)
+    theirs = partial(librosa.griffinlim, magnitude.numpy(), n_iter=8, random_state=0, pad_mode="reflect")
+    with torch.no_grad():
+        times = alternate({"ours": partial(layer, magnitude), "librosa": theirs}, rounds=5)
+    return times["librosa"] / times["ours"]
 
 
 def _forward(layer: nn.Module, x: Tensor) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -106,8 +106,12 @@ def spectra(x: Tensor, width: int, hop: int, window: Tensor | None = None) -> Te
 
 def in_blocks(function: Callable[[Tensor], Tensor], x: Float[Tensor, "batch samples"], width: int, hop: int) -> Tensor:
     """Apply a function of single clips to a few at a time, so that their frames stay in a processor's cache."""
-    frames = max(1, x.shape[-1] // hop)
-    count = max(1, _BLOCK // (frames * width))
+    return few_at_a_time(function, x, max(1, x.shape[-1] // hop) * width)
+
+
+def few_at_a_time(function: Callable[[Tensor], Tensor], x: Shaped[Tensor, "batch ..."], samples: int) -> Tensor:
+    """Apply a function of a batch's entries, of which each has so many samples in all frames, to a few at a time."""
+    count = max(1, _BLOCK // max(1, samples))
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] <= count:
         return function(x)
     return torch.cat([function(part) for part in x.split(count)])
