@@ -310,3 +310,15 @@ def test_a_rejected_graph_scores_nan_on_every_anchor():
     assert search.rejected == {"quality": 2}
     everything = EvoNormSearch(SPACE, anchors, rejection=None)
     assert everything.evaluate(CONSTANT) == tuple(one.accuracy(CONSTANT) for one in anchors)
+
+
+def test_proposals_are_drawn_whatever_the_default_device():
+    scores = [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5), (0.0, 0.0)]
+
+    def found():
+        search, graphs = filled(scores, selection="pareto", restart=0.5)
+        return search.ask(20), [graphs.index(one.point) for one in search.front]
+
+    expected = found()
+    with torch.device("meta"):
+        assert found() == expected

@@ -746,6 +746,13 @@ def test_control_by_a_convex_network_is_the_convex_programs_optimum(seed):
     assert found.certificate.spread <= 1e-4 or expected < 1e-6
 
 
+def test_control_is_where_its_state_is():
+    model, x0, bounds = drawn(lambda: ICLRNN(4, 5, 2, 2)), normal(2), torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+    expected = NeuralMPC(model, 3, bounds).solve(x0)
+    with torch.device("meta"):  # the default device, where what is made without one would be, without values
+        assert torch.equal(NeuralMPC(model, 3, bounds).solve(x0).x, expected.x)
+
+
 def test_predictions_are_the_models_at_the_answer():
     model = drawn(lambda: ICLRNN(4, 5, 2, 2))
     x0 = normal(2)

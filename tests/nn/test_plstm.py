@@ -10,6 +10,7 @@ import torch
 
 from provenn.contracts import BadInput, Form, FunctionCase, ModuleCase, SamplerCase, Symmetry
 from provenn.contracts.cases_results import Expectation
+from provenn.core.experiment.accounting import TensorMemory
 from provenn.core.experiment.seeding import seeded
 from provenn.nn import (
     PLSTM1d,
@@ -113,6 +114,19 @@ def test_sequence_equals_a_loop(method, states):
             found = plstm_scan_1d(*operands, method=method, levels=levels)
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
             torch.testing.assert_close(gradients(found, operands), expected, rtol=0, atol=1e-11)
+
+
+def test_the_parallel_forms_hold_no_state_of_every_step():
+    """A state has 16 × 16 numbers; of a chunk of 8 steps, or a block's border of 8 cells, one or 16 are held."""
+    along = [uniform(1, 256, 1, *tail, seed=i) for i, tail in enumerate([(16,)] * 3 + [()] * 4)]
+    across = [uniform(1, 16, 16, 1, *tail, seed=i) for i, tail in enumerate([(16,)] * 3 + [()] * 9)]
+    for scan in (lambda **way: plstm_scan_1d(*along, **way), lambda **way: scan_grid(across, **way)):
+        peaks = []
+        for way in ({"method": "recurrent"}, {"levels": 3}):
+            with torch.no_grad(), TensorMemory() as memory:
+                scan(**way)
+            peaks.append(memory.peak)
+        assert peaks[1] < peaks[0] / 2
 
 
 @pytest.mark.parametrize("x", LENGTHS)
@@ -555,6 +569,13 @@ def test_autocast_runs_forward_and_backward():
             found = module(x)
         found.float().sum().backward()
         assert (found.float() - module(x)).abs().max() < 0.1
+
+
+def test_arrow_images_are_drawn_where_the_generator_is():
+    expected = arrow_pointing(5, 32, torch.Generator().manual_seed(0))
+    with torch.device("meta"):  # the default device, where what is made without one would be, without values
+        found = arrow_pointing(5, 32, torch.Generator().manual_seed(0))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 def test_arrow_images_say_what_their_labels_say():

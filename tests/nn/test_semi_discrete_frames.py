@@ -257,6 +257,15 @@ def test_wedges_double_at_every_second_scale_and_look_both_ways():
     torch.testing.assert_close(filters[:, 1:16, 1:16], mirrored[:, 1:16, 1:16])
 
 
+def test_drawn_and_learned_banks_are_where_their_filters_are():
+    conv = nn.Conv2d(1, 3, 3)
+    expected = FilterBank.random((8, 8), 3, 2, draws(1)), FilterBank.from_conv(conv, (8, 8))
+    with torch.device("meta"):  # the default device, where what is made without one would be, without values
+        found = FilterBank.random((8, 8), 3, 2, draws(1)), FilterBank.from_conv(conv, (8, 8))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.parts, other.parts)
+
+
 def test_a_learned_bank_filters_as_its_convolution_does():
     conv = nn.Conv2d(1, 3, 3, bias=False, padding=1, padding_mode="circular")
     f = randn(2, 1, 8, 8)

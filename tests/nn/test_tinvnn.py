@@ -475,3 +475,10 @@ def test_changes_are_those_of_known_functions():
     assert set(turned.changes) == {"permute"}
     assert turned.changes["permute"] > 0.1
     assert probe_invariance(nn.Flatten(), some()) == probe_invariance(nn.Flatten(), some())
+
+
+def test_moves_are_drawn_where_the_generator_is():
+    X = some()
+    expected = probe_invariance(nn.Flatten(), X, draws=2)
+    with torch.device("meta"):  # the default device, where what is made without one would be, without values
+        assert probe_invariance(nn.Flatten(), X, draws=2) == expected

@@ -106,18 +106,18 @@ class EvoNormSearch:
     def _proposal(self) -> NormActGraph:
         draws = generator(self.seed, "proposal", self._asked)  # by number: a copy goes on as the original
         self._asked += 1
-        if len(self._window) < self.population or torch.rand((), generator=draws).item() < self.restart:
+        if len(self._window) < self.population or torch.rand((), generator=draws, device="cpu").item() < self.restart:
             return NormActGraph.random(self.space, draws)
         return self._winner(draws).point.mutate(self.space, draws)
 
     def _winner(self, draws: torch.Generator) -> Candidate:
         size = max(2, round(self.tournament * len(self._window)))
-        order = torch.randperm(len(self._window), generator=draws)[:size].tolist()
+        order = torch.randperm(len(self._window), generator=draws, device="cpu")[:size].tolist()
         rivals = [self._window[index] for index in order]
         if self.selection != "pareto":
             return max(rivals, key=lambda rival: rival.value if self.selection == "average" else rival.values[0])
-        best = undominated(torch.tensor([rival.values for rival in rivals], dtype=torch.float64)).nonzero().flatten()
-        return rivals[int(best[torch.randint(len(best), (), generator=draws)])]
+        best = undominated(_values(rivals)).nonzero().flatten()
+        return rivals[int(best[torch.randint(len(best), (), generator=draws, device="cpu")])]
 
     def tell(self, points: Sequence[NormActGraph], values: Sequence[float | Sequence[float]]) -> None:
         """Take what graphs are worth, asked for or not.
@@ -154,7 +154,7 @@ class EvoNormSearch:
         """The candidates of all told that no other dominates, in the order told."""
         if not self.history:
             return []
-        kept = undominated(torch.tensor([one.values for one in self.history], dtype=torch.float64)).tolist()
+        kept = undominated(_values(self.history)).tolist()
         return [one for one, stays in zip(self.history, kept, strict=True) if stays]
 
     def finalists(self, count: int = 10) -> list[Candidate]:
@@ -217,6 +217,10 @@ def undominated(values: Float[Tensor, "candidates objectives"]) -> Bool[Tensor, 
     one, other = values.unsqueeze(1), values.unsqueeze(0)
     dominated = (other >= one).all(-1) & (other > one).any(-1)
     return ~dominated.any(1)
+
+
+def _values(candidates: Sequence[Candidate]) -> Tensor:
+    return torch.tensor([one.values for one in candidates], dtype=torch.float64, device="cpu")
 
 
 def _candidate(point: Any, values: Any) -> Candidate:

@@ -202,7 +202,7 @@ class _Problem:
     def random_starts(self) -> Tensor:
         source = generator(self.controller.seed, "starts")
         shape = (self.controller.starts, len(self.lower))
-        shares = torch.rand(shape, generator=source, dtype=torch.float64).to(self.lower.device)
+        shares = torch.rand(shape, generator=source, device=source.device, dtype=torch.float64).to(self.lower.device)
         return self.lower + shares * (self.upper - self.lower)
 
     def search(self, objective: object, u: Tensor) -> Tensor:

@@ -26,8 +26,8 @@ class Scene(NamedTuple):
 
 def aimed(arrow: Tensor, circle: Tensor, generator: torch.Generator | None) -> Scene:
     """Toss a coin for every label and draw directions to match: within the cone round the circle, or outside it."""
-    label = torch.randint(0, 2, (len(arrow),), generator=generator)
-    share = 2 * torch.rand(len(arrow), generator=generator) - 1
+    label = torch.randint(0, 2, (len(arrow),), generator=generator, device=arrow.device)
+    share = 2 * torch.rand(len(arrow), generator=generator, device=arrow.device) - 1
     outside = torch.sign(share) * (CONE + (math.pi - CONE) * share.abs())
     towards = circle - arrow
     bearing = torch.atan2(towards[:, 1], towards[:, 0])
@@ -46,7 +46,7 @@ def arrow_pointing(
     Args:
         n: Images.
         size: Their side, in pixels.
-        generator: Draws them, on the CPU; default torch's global one.
+        generator: Draws them, where it is; default torch's global one.
         length: The arrow's length; the circle's radius is 3/10 of it.
 
     Shape:
@@ -68,7 +68,7 @@ def arrow_pointing(
     check_integer("size", size, at_least=math.ceil(4 * length))
     places = _apart(n, size, length, generator)
     scene = aimed(*places, generator)
-    axis = torch.arange(size) + 0.5
+    axis = torch.arange(size, device=scene.arrow.device) + 0.5
     pixels = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1)
     along = torch.stack((scene.direction.cos(), scene.direction.sin()), -1)
     tip, end = (scene.arrow + sign * length / 2 * along for sign in (1, -1))
@@ -84,10 +84,12 @@ def arrow_pointing(
 def _apart(n: int, size: int, length: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """Draw the middles of arrow and circle, whole within the image and at least a length from each other."""
     margin = length / 2 + 1
-    places = torch.empty(n, 2, 2)
-    waiting = torch.arange(n)
+    device = None if generator is None else generator.device
+    places = torch.empty(n, 2, 2, device=device)
+    waiting = torch.arange(n, device=places.device)
     while len(waiting):
-        places[waiting] = margin + (size - 2 * margin) * torch.rand(len(waiting), 2, 2, generator=generator)
+        drawn = torch.rand(len(waiting), 2, 2, generator=generator, device=places.device)
+        places[waiting] = margin + (size - 2 * margin) * drawn
         waiting = waiting[(places[waiting, 0] - places[waiting, 1]).norm(dim=-1) < length]
     return places[:, 0], places[:, 1]
 

@@ -220,7 +220,7 @@ class FilterBank(nn.Module):
             grid: Sizes.
             count: Random filters.
             size: Taps along each axis.
-            generator: Draws them; without it torch's global one.
+            generator: Draws them, where it is; without it torch's global one.
 
         Raises:
             ValueError: A number out of range, or filters larger than the grid.
@@ -228,7 +228,8 @@ class FilterBank(nn.Module):
         _check_grid(grid)
         check_integer("count", count, at_least=1)
         check_integer("size", size, at_least=1, at_most=min(grid))
-        taps = torch.randn(count, *[size] * len(grid), generator=generator, dtype=torch.float64)
+        device = None if generator is None else generator.device
+        taps = torch.randn(count, *[size] * len(grid), generator=generator, device=device, dtype=torch.float64)
         return cls(_with_lowpass(taps, grid))
 
     @classmethod
@@ -254,7 +255,7 @@ def _with_lowpass(taps: Tensor, grid: Sequence[int]) -> Tensor:
     dims = tuple(range(1, taps.ndim))
     filters = torch.fft.fftn(taps, s=tuple(grid), dim=dims)
     filters = filters / littlewood_paley(filters).max().sqrt()
-    return _default(torch.cat((lowpass(grid)[None].to(filters.dtype), filters)))
+    return _default(torch.cat((lowpass(grid, device=taps.device)[None].to(filters.dtype), filters)))
 
 
 def _default(filters: Tensor) -> Tensor:

@@ -11,21 +11,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def radius(grid: Sequence[int], like: Tensor | None = None) -> Float[Tensor, "*grid"]:
+def radius(
+    grid: Sequence[int], like: Tensor | None = None, device: torch.device | None = None
+) -> Float[Tensor, "*grid"]:
     """Return |ω| in cycles a sample."""
-    place = {"dtype": torch.float64} if like is None else {"dtype": like.dtype, "device": like.device}
+    place = {"dtype": torch.float64, "device": device} if like is None else {"dtype": like.dtype, "device": like.device}
     squares = [torch.fft.fftfreq(n, **place) ** 2 for n in grid]
     return (squares[0] if len(grid) == 1 else squares[0][:, None] + squares[1]).sqrt()
 
 
-def lowpass(grid: Sequence[int], width: float = 0.1) -> Float[Tensor, "*grid"]:
+def lowpass(grid: Sequence[int], width: float = 0.1, device: torch.device | None = None) -> Float[Tensor, "*grid"]:
     """Return a Gaussian transfer function of height 1.
 
     Args:
         grid: Sizes.
         width: Standard deviation in cycles a sample.
+        device: Where it goes.
     """
-    return torch.exp(-0.5 * (radius(grid) / width) ** 2)
+    return torch.exp(-0.5 * (radius(grid, device=device) / width) ** 2)
 
 
 def decay(chi: Inexact[Tensor, "*grid"]) -> float:

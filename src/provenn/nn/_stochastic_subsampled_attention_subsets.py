@@ -66,21 +66,25 @@ def windows_of(tokens: int, sparsity: int, grid: tuple[int, int] | None, strict:
 def _blocked(windows: Windows, sigma: float, generator: torch.Generator | None) -> Int[Tensor, "blocks window"]:
     """Order the tokens by windows, each moved first by σ windows times normal noise, down and across."""
     height, width, rows, columns = windows
-    place = torch.arange(height * width)
+    place = torch.arange(height * width, device="cpu")
     row, column = (place // width).double(), (place % width).double()
     if sigma > 0 and rows > 1:
-        row = row + sigma * height / rows * torch.randn(len(place), generator=generator, dtype=torch.float64)
+        row = row + sigma * height / rows * _normal(len(place), generator)
     if sigma > 0 and columns > 1:
-        column = column + sigma * width / columns * torch.randn(len(place), generator=generator, dtype=torch.float64)
+        column = column + sigma * width / columns * _normal(len(place), generator)
     bands = row.argsort(stable=True).reshape(rows, -1)
     return bands.gather(1, column[bands].argsort(dim=1, stable=True)).reshape(rows * columns, -1)
+
+
+def _normal(count: int, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(count, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _shifted(order: Tensor, windows: Windows, generator: torch.Generator | None) -> Tensor:
     """Draw how far the windows' borders move, and move them; what leaves at one end enters at the other."""
     height, width, rows, columns = windows
-    down = torch.randint(height // rows, (), generator=generator)
-    across = torch.randint(width // columns, (), generator=generator)
+    down = torch.randint(height // rows, (), generator=generator, device="cpu")
+    across = torch.randint(width // columns, (), generator=generator, device="cpu")
     return (order // width + down) % height * width + (order % width + across) % width
 
 
@@ -106,7 +110,7 @@ def draw_subset(
     """
     queries = _blocked(windows, 0.0, None)
     if bias == "none":
-        sources = torch.randperm(queries.numel(), generator=generator).reshape(queries.shape)
+        sources = torch.randperm(queries.numel(), generator=generator, device="cpu").reshape(queries.shape)
     else:
         sources = _blocked(windows, sigma, generator)
     if moving:

@@ -48,11 +48,11 @@ class InvarianceReport(Report):
 
 
 def random_rotations(count: int, dim: int, draws: torch.Generator, proper: bool = True) -> Float[Tensor, "count d d"]:
-    """Draw orthogonal matrices uniformly, of determinant 1 if ``proper``, else −1, in float64 on the CPU.
+    """Draw orthogonal matrices uniformly, of determinant 1 if ``proper``, else −1, in float64, where ``draws`` is.
 
     Source: Mezzadri, "How to generate random matrices from the classical compact groups", Notices AMS 54 (2007).
     """
-    Q, R = torch.linalg.qr(torch.randn(count, dim, dim, generator=draws, dtype=torch.float64))
+    Q, R = torch.linalg.qr(torch.randn(count, dim, dim, generator=draws, device=draws.device, dtype=torch.float64))
     Q = Q * R.diagonal(dim1=1, dim2=2).sign()[:, None]
     wrong = torch.linalg.det(Q) * (1 if proper else -1) < 0
     Q[wrong, :, 0] *= -1
@@ -64,7 +64,7 @@ def _spread(X: Tensor) -> Tensor:
 
 
 def _translate(X: Tensor, draws: torch.Generator) -> Tensor:
-    shift = torch.randn(len(X), 1, X.shape[2], generator=draws, dtype=torch.float64)
+    shift = torch.randn(len(X), 1, X.shape[2], generator=draws, device=draws.device, dtype=torch.float64)
     return X + 2 * _spread(X) * shift.to(X)
 
 
@@ -77,11 +77,13 @@ def _reflect(X: Tensor, draws: torch.Generator) -> Tensor:
 
 
 def _scale(X: Tensor, draws: torch.Generator) -> Tensor:
-    return X * (0.5 * 4 ** torch.rand(len(X), 1, 1, generator=draws, dtype=torch.float64)).to(X)
+    factor = 0.5 * 4 ** torch.rand(len(X), 1, 1, generator=draws, device=draws.device, dtype=torch.float64)
+    return X * factor.to(X)
 
 
 def _permute(X: Tensor, draws: torch.Generator) -> Tensor:
-    order = torch.rand(X.shape[:2], generator=draws, dtype=torch.float64).argsort(1).to(X.device)
+    places = torch.rand(X.shape[:2], generator=draws, device=draws.device, dtype=torch.float64)
+    order = places.argsort(1).to(X.device)
     return X.gather(1, order[..., None].expand_as(X))
 
 
@@ -109,7 +111,7 @@ def probe_invariance(
         groups: Which moves: ``"translate"`` by some two radii, ``"rotate"``, ``"reflect"`` (a rotation with a mirror),
             ``"scale"`` by ½ to 2, ``"permute"``.
         draws: Moves drawn of each.
-        generator: Draws them, on the CPU; without it the moves are always the same.
+        generator: Draws them, where it is; without it the moves are always the same.
 
     Shape:
         X (batch, N, D).
