@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from provenn.contracts import BadInput, Form, FunctionCase, ModuleCase
 from provenn.core.experiment.seeding import seeded
@@ -623,6 +624,19 @@ def test_a_layer_on_a_mixed_selection(kind, bidirectional):
         added[chosen] += p[row, chosen, 1:] * by_hand(part.gau, m[row, chosen], chosen, bidirectional)
         assert torch.allclose(y[row], F.silu(added + x[row]), atol=1e-10)
     assert 3 < min(sizes) < max(sizes) < 30
+
+
+def test_a_layer_does_less_work_in_both_passes_the_fewer_it_selects():
+    part = double(layer, window=8, rel_pos_bias="local")
+    m = normal(1, 128, 6).requires_grad_()
+    work = {}
+    for every in (1, 2, 4, 8):
+        active = torch.arange(128) % every == 0
+        logits = torch.stack((~active, active), -1).double()[None]
+        with FlopCounterMode(display=False) as counter:
+            part.sma(m, logits).square().sum().backward()
+        work[every] = counter.get_total_flops()
+    assert work[1] > 1.7 * work[2] > 1.7**2 * work[4] > 1.7**3 * work[8]
 
 
 def test_a_row_of_padding_stays_finite():

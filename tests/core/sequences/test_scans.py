@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from provenn.core.sequences.graph_scans import AcyclicSchedule, GridTransitions, acyclic_recurrence, grid_recurrence
 from provenn.core.sequences.scans import associative_scan, linear_recurrence, matrix_recurrence
@@ -153,6 +154,28 @@ def test_the_scan_of_any_associative_map():
     assert torch.equal(associative_scan(lambda one, two: (one[0] + two[0],), (words,))[0], words.cumsum(0))
     latest = associative_scan(lambda one, two: (torch.where(two[0] > 0, two[0], one[0]),), (words * (words % 3 == 0),))
     assert latest[0].flatten().tolist() == [0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9]
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that are called."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("method", "growth"), [("auto", 2.2), ("chunked", 2.2), ("associative", 1.4)])
+def test_rounds_grow_as_the_root_or_the_logarithm_of_the_length_in_both_passes(method, growth):
+    for recur, tail in ((linear_recurrence, ((2,), (2,))), (matrix_recurrence, ((2, 2), (2, 1)))):
+        counts = []
+        for length in (1024, 4096):
+            operands = [randn(1, length, *one, seed=seed, grad=True) for seed, one in enumerate(tail)]
+            with Calls() as calls:
+                torch.autograd.grad(recur(*operands, method=method).sum(), operands)
+            counts.append(calls.count)
+        assert counts[1] <= growth * counts[0]
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 31, 64])
