@@ -198,3 +198,18 @@ def test_only_real_numbers_are_approximated(dtype: torch.dtype):
         canonical_factors(torch.ones(2, 3, 3, dtype=dtype), 1)
     with pytest.raises(TypeError, match="matrices must be real floating-point"):
         tucker_factors(torch.ones(2, 3, dtype=dtype), (1, 1))
+
+
+@pytest.mark.parametrize("rank", [1, 9])
+def test_no_tensors_have_no_factors(rank: int):
+    for sizes in ((3, 4), (2, 3, 3)):
+        factors = canonical_factors(torch.zeros(0, *sizes), rank)
+        assert [tuple(factor.shape) for factor in factors] == [(0, size, rank) for size in sizes]
+        assert canonical_tensor(factors).shape == (0, *sizes)
+
+
+def test_tuckers_form_of_a_matrix_is_its_truncated_svd():
+    matrix = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    left, core, right = tucker_factors(matrix, (2, 2))
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    torch.testing.assert_close(left @ core @ right.T, U[:, :2] * S[:2] @ Vh[:2])

@@ -311,3 +311,8 @@ class TestHeld:
             steps(model, optimizer, count=1)
             assert zeros_hold(model, masks)
         assert masks.remaining == 44
+
+
+def test_parametrized_weights_are_left_out():
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Linear(4, 5))
+    assert list(prunable_weights(model)) == ["1.weight"]

@@ -46,6 +46,56 @@ def test_a_weight_within_the_bound_is_left_alone_unless_always():
     assert torch.equal(SpectralBound(always=True)(torch.zeros(3, 3)), torch.zeros(3, 3))
 
 
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1e-12, 1e-30])
+def test_gradients_of_tiny_and_zero_weights_are_finite(scale, always):
+    """Below the bound the gradient passes; scaled up it is that of W / ‖W‖, which grows as 1 / ‖W‖, and k at zero."""
+    if always and scale == 1e-30:
+        scale = 1e-15  # the square of the inverse norm is still in float32's range
+    weight = torch.full((4, 3), scale, requires_grad=True)
+    (gradient,) = torch.autograd.grad((SpectralBound(0.5, always)(weight) * torch.eye(4, 3)).sum(), weight)
+    assert gradient.isfinite().all()
+    if not always:
+        assert torch.equal(gradient, torch.eye(4, 3))
+    elif scale == 0:
+        torch.testing.assert_close(gradient, 0.5 * torch.eye(4, 3))
+
+
+def test_nonnegative_weights_may_be_made_without_storage():
+    with torch.device("meta"):
+        layer = nn.Linear(3, 2)
+    parametrize.register_parametrization(layer, "weight", NonNegative())
+    assert layer.weight.shape == (2, 3)
+
+
+def test_nonnegative_weights_make_a_network_convex_while_an_optimizer_pulls():
+    """Midpoints of random and of searched segments; without the constraint a gap opens at once."""
+    torch.manual_seed(0)
+    inner, outer = nn.Linear(3, 8, dtype=torch.float64), nn.Linear(8, 2, dtype=torch.float64)
+    with torch.no_grad():
+        outer.weight.abs_()
+    parametrize.register_parametrization(outer, "weight", NonNegative())
+    optimizer = torch.optim.SGD([*inner.parameters(), *outer.parameters()], lr=1.0)
+    ends = randn(2, 64, 3, seed=1).requires_grad_()
+
+    def network(x):
+        return outer(F.softplus(inner(x)))
+
+    def gap():
+        return network(ends.mean(0)) - network(ends).mean(0)
+
+    for _ in range(20):
+        optimizer.zero_grad()
+        (-gap().sum()).backward()  # the optimizer lowers convexity, the segments look for where it is lost
+        with torch.no_grad():
+            ends -= 0.1 * ends.grad.sign()
+        ends.grad = None
+        for parameter in (*inner.parameters(), *outer.parameters()):
+            parameter.grad.clamp_(-1, 1)
+        optimizer.step()
+        assert gap().max() <= 1e-12 * max(1.0, network(ends).abs().max().item())
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", range(4))
 def test_cayley_is_orthonormal_exactly(shape, seed):

@@ -58,8 +58,12 @@ def test_completion_makes_a_bank_tight(grid):
         assert analyze(f, whole).abs().square().sum() == pytest.approx((upper * f.square().sum()).item())
 
 
-def test_an_empty_batch_of_signals():
-    assert analyze(torch.zeros(0, 8), bank((8,))).shape == (0, 3, 8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.int64])
+def test_an_empty_batch_of_signals_has_the_type_of_a_full_one(dtype):
+    for filters in (bank((8,)), bank((8,)).real, bank((8,)).real.float()):
+        empty, full = (analyze(torch.zeros(count, 8, dtype=dtype), filters) for count in (0, 1))
+        assert empty.shape == (0, 3, 8)
+        assert empty.dtype == full.dtype
 
 
 def test_energy_at_one_frequency():
@@ -73,5 +77,7 @@ def test_bad_input():
     filters = bank((8,))
     with pytest.raises(ValueError, match="bound must be ≥"):
         completing_filter(filters, 0.1)
+    with pytest.raises(ValueError, match="bound must be ≥"):
+        completing_filter(filters, float("nan"))
     with pytest.raises(ValueError, match=r"grid \(8,\), got shape \(2, 7\)"):
         analyze(torch.ones(2, 7), filters)

@@ -73,7 +73,7 @@ def canonical_factors(
     scale = wide.flatten(1).abs().amax(dim=1)
     scale = torch.where(scale > 0, scale, 1.0)
     wide = wide / scale.reshape(-1, *[1] * (wide.ndim - 1))
-    if rank >= tensors[0].numel() // max(tensors.shape[1:]):
+    if rank >= math.prod(tensors.shape[1:]) // max(tensors.shape[1:]):
         factors = _exact(wide, rank)
     elif wide.ndim == 3:
         factors = _singular(wide, rank)
@@ -131,7 +131,7 @@ def tucker_factors(
     for mode, rank in enumerate(ranks):
         check_integer("ranks", rank, at_least=1, at_most=matrices.shape[mode])
     check_integer("iterations", iterations, at_least=0)
-    wide = _double("matrices", matrices).flatten(2)
+    wide = _double("matrices", matrices).reshape(*matrices.shape[:2], math.prod(matrices.shape[2:]))
     right = _leading(wide.movedim(1, 0).flatten(1), ranks[1])
     left = _leading(torch.einsum("mnz,nq->mqz", wide, right).flatten(1), ranks[0])
     for _ in range(iterations):

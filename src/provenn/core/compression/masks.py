@@ -14,7 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 def prunable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the tensors that unstructured pruning works on: weights of more than one dimension.
 
-    Biases and the vectors of norm layers are left out. A tensor that two layers share appears once.
+    Biases and the vectors of norm layers are left out, and so are weights under ``torch.nn.utils.parametrize``, whose
+    zeros would not be those of the tensors that they are computed from. A tensor that two layers share appears once.
 
     Args:
         model: Any module.

@@ -112,7 +112,7 @@ class NonNegative(nn.Module):
         Raises:
             ValueError: A value < 0: set the weight to something allowed first.
         """
-        if bool((weight < 0).any()):
+        if not weight.is_meta and bool((weight < 0).any()):
             raise ValueError(f"weight must be ≥ 0, got {weight.min().item()}")
         if self.method == "relu":
             return weight
@@ -151,8 +151,13 @@ class SpectralBound(nn.Module):
             weight: The unconstrained one.
         """
         norm = spectral_norm(weight)
+        # Weights far below the bound, and zero ones, must not make the quotient's derivative infinite.
+        if self.always:
+            norm = torch.where(norm > 0, norm.clamp(min=torch.finfo(norm.dtype).tiny), 1.0)
+        else:
+            norm = norm.clamp(min=0.5 * self.bound)
         # Rounding of the quotient must not leave the norm above the bound.
-        factor = self.bound / norm.clamp(min=torch.finfo(norm.dtype).tiny) * (1 - 4 * torch.finfo(norm.dtype).eps)
+        factor = self.bound / norm * (1 - 4 * torch.finfo(norm.dtype).eps)
         return weight * (factor if self.always else factor.clamp(max=1)).to(weight.dtype)
 
     def right_inverse(self, weight: Weight) -> Weight:
@@ -229,7 +234,8 @@ class Cayley(nn.Module):
         ValueError: ``bound`` ≤ 0.
 
     Cost: one solve of size min(m, n) and products of O(m n min(m, n)) at each use. Reaches all orthonormal matrices but
-    those whose square part has an eigenvalue −1.
+    those whose square part has an eigenvalue −1. Rounding grows with the unconstrained weight: in float32 the singular
+    values of one of 32 × 16 are off by 1e-6 where its entries are about 1, by up to 1e-3 where they are about 1000.
 
     Source: Trockman & Kolter, "Orthogonalizing convolutional layers with the Cayley transform", ICLR 2021, section 3.
     """

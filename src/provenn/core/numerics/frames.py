@@ -73,7 +73,7 @@ def completing_filter(filters: Inexact[Tensor, "filters *grid"], bound: float | 
     """
     kept = littlewood_paley(filters)
     highest = kept.max().item()
-    if bound is not None and bound < highest:
+    if bound is not None and not bound >= highest:
         raise ValueError(f"bound must be ≥ the bank's upper bound {highest}, got {bound}")
     return ((highest if bound is None else bound) - kept).clamp(min=0).sqrt()
 
@@ -102,7 +102,8 @@ def analyze(
     """
     dims = _dims(signal, filters)
     if signal.numel() == 0:  # FFTs do not take empty batches
-        return (signal.unsqueeze(-len(dims) - 1) * filters).to(signal.dtype.to_complex())
+        products = signal.unsqueeze(-len(dims) - 1) * filters
+        return products.to(products.dtype.to_complex())
     spectrum = torch.fft.fftn(signal, dim=dims)
     filtered: Tensor = torch.fft.ifftn(spectrum.unsqueeze(-len(dims) - 1) * filters, dim=dims)
     return filtered
