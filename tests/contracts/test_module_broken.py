@@ -193,6 +193,13 @@ class BakesAConstant(Wrapped):
         return x
 
 
+class CountsItsSamples(Wrapped):
+    """Exports, but for the number of samples of the example inputs alone."""
+
+    def before(self, x):
+        return x + x.new_zeros(len(x), 1, 1)
+
+
 class KeepsItsInputsType(Wrapped):
     """Copies what a linear layer gives into a tensor of the inputs' type, which autocast makes another."""
 
@@ -337,7 +344,7 @@ BROKEN = {
     "copies": [broken(HoldsAFunction), broken(SharesItsStorage)],
     "inputs_untouched": [broken(ScalesItsInput), broken(FreezesItself)],
     "compile": [broken(BranchesOnValues), broken(PrintsInside)],
-    "export": [broken(BranchesOnValues), broken(BakesAConstant)],
+    "export": [broken(BranchesOnValues), broken(BakesAConstant), broken(CountsItsSamples)],
     "autocast": [broken(KeepsItsInputsType), broken(Cancels)],
     "symmetries": [
         broken(KnowsPositions, symmetries=(PERMUTATION,)),

@@ -221,7 +221,7 @@ class ModuleCase(Case):
             in the Euclidean norm of all their elements; ``None`` if nothing is promised.
         compile: Whether ``torch.compile(fullgraph=True)`` works.
         compile_reason: Why not.
-        export: Whether ``torch.export`` works.
+        export: Whether ``torch.export`` works, with any number of samples.
         export_reason: Why not.
         autocast: Whether the module works under ``torch.autocast``, to ``bfloat16_tolerance``.
         autocast_reason: Why not.

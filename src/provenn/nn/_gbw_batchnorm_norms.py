@@ -71,8 +71,8 @@ class _RiemannianBatchNorm(nn.Module, ABC):
         """
         check_channels("X", X, self.channels, self.n, self.bias.dtype)
         check_spd("X", X)
-        if self.training and len(X) < 2:
-            raise ValueError(f"X must hold at least two matrices a channel in training mode, got {len(X)}")
+        if self.training and X.shape[0] < 2:
+            raise ValueError(f"X must hold at least two matrices a channel in training mode, got {X.shape[0]}")
         with full_precision(X):
             return symmetrized(self._normalized(X))
 

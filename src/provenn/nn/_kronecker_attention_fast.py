@@ -66,8 +66,8 @@ def tensor_attention_poly(
             ``torch.compile``, where the choice of the degree also breaks the graph; the layer chooses when it is built.
 
     Cost: time O((L + Σ S_m) r e), almost linear in the tokens as long as B = o((log n)^(1/k)), since the degree grows
-    with Bᵏ and log 1/ε; memory O((L + Σ S_m) r); the causal form's running totals hold O(block + r e), and
-    O(L r e) in training.
+    with Bᵏ and log 1/ε; memory O((L + Σ S_m) r); the causal form's running totals hold O(block + r e) (under a
+    compiler O(block + r e) a head), and O(L r e) in training.
 
     Source: the paper's upper bound (the near-linear algorithm for bounded entries) and its proof.
     """
@@ -147,7 +147,8 @@ def _running_sums(features: Tensor, keys: Sequence[Tensor], values: Sequence[Ten
     queries, length = features.shape[-2], keys[0].shape[-2]
     first = length - queries
     totals = [torch.matmul(u[..., :first, :].mT, v[..., :first, :]) for u, v in zip(keys, values, strict=True)]
-    width = math.prod(totals[0].shape)
+    # A chunk may depend on the batch's size only where nothing is traced: each size would take a program of its own.
+    width = math.prod(totals[0].shape[-2:] if torch.compiler.is_compiling() else totals[0].shape)
     step = max(1, BLOCK // max(1, width))
     outputs = []
     for start in range(0, queries, step):

@@ -167,7 +167,7 @@ class LinearStateSpace(nn.Module):
         """
         self._check(u, state)
         A, B = self._discrete(rate)
-        x = u.new_zeros(len(u), self.d_model, self.d_state, dtype=torch.float64) if state is None else state
+        x = u.new_zeros(u.shape[0], self.d_model, self.d_state, dtype=torch.float64) if state is None else state
         C, turned, entering = self.C.mT.to(x.dtype), A.mT.to(x.dtype), B[:, None].to(x.dtype)
         x, inputs = x.transpose(0, 1), u.to(x.dtype).permute(1, 2, 0)[..., None]
         outputs = []
@@ -225,8 +225,8 @@ class LinearStateSpace(nn.Module):
             raise ValueError(f"u must be (batch, length, {self.d_model}), got shape {tuple(u.shape)}")
         if u.shape[1] == 0:
             raise ValueError("u must be at least one step long, got L = 0")
-        if state is not None and state.shape != (len(u), self.d_model, self.d_state):
-            expected = (len(u), self.d_model, self.d_state)
+        if state is not None and state.shape != (u.shape[0], self.d_model, self.d_state):
+            expected = (u.shape[0], self.d_model, self.d_state)
             raise ValueError(f"state must have the shape {expected}, got {tuple(state.shape)}")
 
     def _discrete(self, rate: float) -> tuple[Tensor, Tensor]:

@@ -127,8 +127,8 @@ class RecurrentModule(nn.Module, ABC):
         if x.shape[-1] != self.input_size:
             raise ValueError(f"x must have {self.input_size} features, got shape {tuple(x.shape)}")
         if state is None:
-            return self.initial_state(len(x), x)
-        wanted = [(len(x), *shape) for shape in self.state_shapes()]
+            return self.initial_state(x.shape[0], x)
+        wanted = [(x.shape[0], *shape) for shape in self.state_shapes()]
         found = [tuple(one.shape) for one in state]
         if found != wanted:
             raise ValueError(f"state must have the shapes {wanted}, got {found}")

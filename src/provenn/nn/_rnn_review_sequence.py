@@ -122,7 +122,7 @@ class SequenceModel(nn.Module):
             hidden, state = self.cell(self.dropout(x), state, mask)
             read = hidden if self.mode == "many_to_many" else self.cell.features(state)
             return self._masked(self.readout(read), mask), state
-        steps = self._steps(len(x), targets, length)
+        steps = self._steps(x.shape[0], targets, length)
         if self.mode == "one_to_many":
             if mask is not None:
                 raise ValueError("mask has no place in the mode 'one_to_many', which has one input")
@@ -133,7 +133,7 @@ class SequenceModel(nn.Module):
             x, mask = x.flip(1), None if mask is None else mask.flip(1)
         assert self.decoder is not None
         _, state = self.cell(self.dropout(x), state, mask)
-        return self._write(self.decoder, x.new_zeros(len(x), self.decoder.input_size), state, targets, steps)
+        return self._write(self.decoder, x.new_zeros(x.shape[0], self.decoder.input_size), state, targets, steps)
 
     def step(self, x: Float[Tensor, "batch input"], state: State | None = None) -> tuple[Tensor, State]:
         """Take one step in the mode ``"many_to_many"``.

@@ -173,7 +173,7 @@ def centre(
     """Return points about their mean, in single precision at least, 0 where there is none; and how many there are."""
     wide = X.to(torch.promote_types(X.dtype, torch.float32))
     if mask is None:
-        return wide - wide.mean(1, keepdim=True), wide.new_full((len(X),), X.shape[1])
+        return wide - wide.mean(1, keepdim=True), wide.new_full((X.shape[0],), X.shape[1])
     counts = mask.sum(1).to(wide)
     kept = wide.masked_fill(~mask[..., None], 0)
     mean = kept.sum(1, keepdim=True) / counts[:, None, None]

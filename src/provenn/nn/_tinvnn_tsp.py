@@ -84,8 +84,8 @@ class TSPAttention(nn.Module):
         keys, values = self.glimpse(h).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         pointers = self.point(h)
         visited = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
-        context, first = self.start.expand(len(x), -1), h[:, 0]
-        picked, total = [], h.new_zeros(len(x))
+        context, first = self.start.expand(x.shape[0], -1), h[:, 0]
+        picked, total = [], h.new_zeros(x.shape[0])
         for step in range(x.shape[1]):
             logits = self._logits(fixed + self.ends(context), keys, values, pointers, visited)
             chances = logits.log_softmax(1)

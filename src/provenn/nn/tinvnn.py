@@ -82,7 +82,7 @@ class TinvWrapper(nn.Module):
         many = (signs[:, None, None] * Z).flatten(0, 1)
         known = None if features is None else features.repeat(len(signs), 1, 1)
         masks = None if mask is None else mask.repeat(len(signs), 1)
-        return self._backbone(many, known, masks).unflatten(0, (len(signs), len(X))).mean(0)
+        return self._backbone(many, known, masks).unflatten(0, (len(signs), X.shape[0])).mean(0)
 
     def _backbone(self, Z: Tensor, features: Tensor | None, mask: Tensor | None) -> Any:
         points = Z if features is None else torch.cat((Z, features), 2)
