@@ -721,7 +721,7 @@ CASES = [
         "provenn.nn.PLSTM1d",
         label="state tracking",
         make=lambda **options: PLSTM1d(4, 1, **{"states": 2, "convolution": 2, "levels": 1, **options}),
-        inputs=drawn(3, 4),
+        inputs=drawn(5, 4),  # three chunks: the order of a chunk's transitions matters from the second on
         causal_dim=1,
         forms=(with_method("recurrent"),),
         bad_input_reason="the plain layer's case refuses bad input",
