@@ -905,6 +905,12 @@ def test_a_push_moves_the_whole_momentum_by_its_impulse():
         assert ((momentum(after) - momentum(states)) / 1e-6).item() == pytest.approx(acts, rel=1e-4)
 
 
+def test_the_expert_is_solved_for_whatever_the_default_device():
+    expected = LQRExpert(CartPole()).gain
+    with torch.device("meta"):  # where what is made without a device would be, without values
+        assert torch.equal(LQRExpert(CartPole()).gain, expected)
+
+
 def test_the_expert_solves_riccatis_recursion_and_balances():
     env = CartPole()
     expert = LQRExpert(env, action_cost=0.5)

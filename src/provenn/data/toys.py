@@ -67,7 +67,7 @@ def noisy_digits(
     labels = torch.from_numpy(classes).to(torch.int64)
     order = stratified_permutation(labels, generator)
     cuts = torch.split(order, [train, validation, DIGITS - train - validation])
-    parts = [cut[torch.randperm(len(cut), generator=generator)] for cut in cuts]
+    parts = [cut[torch.randperm(len(cut), generator=generator, device=generator.device)] for cut in cuts]
     (x_train, y_train), (x_validation, y_validation), (x_test, y_test) = (
         (images[part], labels[part]) for part in parts
     )

@@ -112,8 +112,9 @@ class _ScoreTrainer(ABC):
         def batches(epoch: int) -> Iterator[tuple[Tensor, ...]]:
             draws = generator_of(self.seed, "noise", epoch)
             for (x,) in minibatches((data,), self.batch_size, generator_of(self.seed, "order", epoch)):
-                shares = torch.rand(len(x), generator=draws, dtype=torch.float64).to(weight)
-                yield x, shares, torch.randn(x.shape, generator=draws, dtype=torch.float64).to(weight)
+                place = {"generator": draws, "device": draws.device, "dtype": torch.float64}
+                shares, noise = torch.rand(len(x), **place), torch.randn(x.shape, **place)
+                yield x, shares.to(weight), noise.to(weight)
 
         def update(batch: tuple[Tensor, ...]) -> Tensor:
             optimizer.zero_grad()

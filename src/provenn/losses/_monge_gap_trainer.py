@@ -173,4 +173,4 @@ class MongeMapEstimator:
 
 def _some(points: Tensor, count: int, draws: torch.Generator) -> Tensor:
     """Return that many of the points, in random order; all of them if there are no more."""
-    return points[torch.randperm(len(points), generator=draws)[:count].to(points.device)]
+    return points[torch.randperm(len(points), generator=draws, device=draws.device)[:count].to(points.device)]

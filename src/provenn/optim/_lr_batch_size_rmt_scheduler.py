@@ -139,7 +139,7 @@ class SpectralLRScheduler(LRScheduler):
     def _measure(self) -> tuple[float, float]:
         """Return L and ℓ."""
         draws = generator(self.seed, "measurement", self.last_epoch)
-        picked = torch.randperm(self._curvature.samples, generator=draws)[: self.batch]
+        picked = torch.randperm(self._curvature.samples, generator=draws, device=draws.device)[: self.batch]
         batches = self._curvature.batches(picked)
         with measuring(self._curvature.model):
             self._curvature.check_loss(batches)
@@ -164,7 +164,7 @@ class SpectralLRScheduler(LRScheduler):
         """Estimate σ² from small batches of the subsample."""
         assert self.train_batch is not None
         size = min(self.train_batch, self.batch // 2)
-        orders = [torch.randperm(self.batch, generator=draws)[:size] for _ in range(_PARTS)]
+        orders = [torch.randperm(self.batch, generator=draws, device=draws.device)[:size] for _ in range(_PARTS)]
         parts = (seen(self._curvature.batches(picked[order])) for order in orders)
         return noise_variance(whole, parts, self._curvature.vector(), size, self.batch, draws)
 

@@ -311,7 +311,7 @@ class Estimates:
 
     def random_direction(self, like: Tensor) -> Tensor:
         """Draw a flat unit vector of a tensor's size."""
-        v = torch.randn(like.numel(), dtype=like.dtype, generator=self._generator).to(like.device)
+        v = torch.randn(like.numel(), dtype=like.dtype, generator=self._generator, device="cpu").to(like.device)
         return v / v.norm()
 
     def _upper_smoothness(self, x: Tensor) -> float:

@@ -125,11 +125,11 @@ class SEAStream:
 
     def _means(self, draws: torch.Generator) -> Tensor:
         if self.loss == "bilinear":
-            A = torch.randn(self.dim, self.dim, generator=draws, dtype=torch.float64)
+            A = torch.randn(self.dim, self.dim, generator=draws, device=draws.device, dtype=torch.float64)
             return (A / torch.linalg.matrix_norm(A, ord=2)).expand(self.rounds, -1, -1)
-        base, direction = torch.randn(2, self.dim, generator=draws, dtype=torch.float64)
+        base, direction = torch.randn(2, self.dim, generator=draws, device=draws.device, dtype=torch.float64)
         base, direction = self.location * base / base.norm(), direction / direction.norm()
-        turns = torch.arange(self.rounds, dtype=torch.float64)
+        turns = torch.arange(self.rounds, dtype=torch.float64, device=draws.device)
         if self.kind == "drifting":
             side = direction - base * (direction @ base) / base.square().sum().clamp(min=1e-300)
             side = self.location * side / side.norm()
@@ -139,9 +139,11 @@ class SEAStream:
         if self.kind == "switch":
             moved = 0.5 - (turns // self.period) % 2
         elif self.kind == "corrupted":
-            moved = (torch.rand(self.rounds, generator=draws, dtype=torch.float64) < self.rate).double()
+            moved = (
+                torch.rand(self.rounds, generator=draws, device=draws.device, dtype=torch.float64) < self.rate
+            ).double()
         elif self.kind == "adversarial":
-            moved[torch.randperm(self.rounds, generator=draws)[: self.count]] = 1
+            moved[torch.randperm(self.rounds, generator=draws, device=draws.device)[: self.count]] = 1
         return base + self.drift * torch.outer(moved, direction)
 
     @property

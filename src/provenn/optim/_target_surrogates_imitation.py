@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import scipy.linalg
 import torch
 from jaxtyping import Float
@@ -117,10 +118,10 @@ class LQRExpert:
         check_integer("state_dim", state_dim, at_least=1)
         check_integer("action_dim", action_dim, at_least=1)
         check_number("action_cost", action_cost, above=0)
-        rest = (torch.zeros(1, state_dim, dtype=torch.float64), torch.zeros(1, action_dim, dtype=torch.float64))
+        rest = tuple(torch.zeros(1, size, dtype=torch.float64, device="cpu") for size in (state_dim, action_dim))
         jacobians = torch.autograd.functional.jacobian(env.step, rest)
         A, B = (one[0, :, 0, :].numpy() for one in jacobians)
-        Q, R = torch.eye(state_dim).double().numpy(), action_cost * torch.eye(action_dim).double().numpy()
+        Q, R = np.eye(state_dim), action_cost * np.eye(action_dim)
         P = scipy.linalg.solve_discrete_are(A, B, Q, R)
         self.gain = torch.from_numpy(scipy.linalg.solve(R + B.T @ P @ B, B.T @ P @ A))
 

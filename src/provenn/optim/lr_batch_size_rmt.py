@@ -133,7 +133,7 @@ class BatchHessianProbe:
         for batch in batch_sizes:
             check_integer("batch_sizes", batch, at_least=1, at_most=n)
         draws = generator(self.seed, "batch hessian")
-        everything = self._curvature.batches(torch.arange(n))
+        everything = self._curvature.batches(torch.arange(n, device="cpu"))
         with measuring(self._curvature.model):
             self._curvature.check_loss(everything)
             whole = self._curvature.operator(everything)
@@ -154,7 +154,7 @@ class BatchHessianProbe:
 
     def _draw(self, batch: int, draws: torch.Generator) -> list[Operator]:
         n = self._curvature.samples
-        picked = [torch.randperm(n, generator=draws)[:batch] for _ in range(self.batches)]
+        picked = [torch.randperm(n, generator=draws, device=draws.device)[:batch] for _ in range(self.batches)]
         return [self._curvature.operator(self._curvature.batches(one)) for one in picked]
 
     def _variance(
@@ -173,7 +173,7 @@ class BatchHessianProbe:
         best: tuple[float, Tensor] | None = None
         nodes, weights = [], []
         for _ in range(starts):
-            start = torch.randn(like.shape, generator=draws, dtype=like.dtype).to(like.device)
+            start = torch.randn(like.shape, generator=draws, device=draws.device, dtype=like.dtype).to(like.device)
             found = lanczos(operator, start, min(self.lanczos_steps, len(like)))
             values, vectors = found.ritz()
             top = values[-1].item()

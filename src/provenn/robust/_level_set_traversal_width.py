@@ -131,6 +131,7 @@ class LevelSetWidthProbe:
         Returns:
             The directions, (num_vectors, *path.shape).
         """
-        drawn = torch.randn(self.num_vectors, *path.shape, generator=draws, dtype=path.dtype).to(path.device)
+        drawn = torch.randn(self.num_vectors, *path.shape, generator=draws, device=draws.device, dtype=path.dtype)
+        drawn = drawn.to(path.device)
         across = project_orthogonal(drawn, path.expand_as(drawn)).flatten(1)
         return nn.functional.normalize(across, dim=1).view_as(drawn)

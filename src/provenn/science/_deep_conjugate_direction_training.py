@@ -69,7 +69,7 @@ class RitzVectorDataset(Dataset[Tensor]):
         check_integer("n_samples", n_samples, at_least=1)
         check_integer("theta", theta)
         check_number("boost", boost, above=0)
-        start = matrix @ torch.randn(size, dtype=torch.float64, generator=generator).to(matrix.device)
+        start = matrix @ torch.randn(size, dtype=torch.float64, generator=generator, device="cpu").to(matrix.device)
         found = lanczos(matrix, start, n_ritz)
         ritz_values, mixing = found.ritz()
         kept = ritz_values >= SMALLEST_RITZ_VALUE
@@ -101,7 +101,7 @@ class RitzVectorDataset(Dataset[Tensor]):
             Unit vectors, one a row.
         """
         check_integer("n", n, at_least=0)
-        normal = torch.randn(n, len(self._scales), dtype=torch.float64, generator=generator)
+        normal = torch.randn(n, len(self._scales), dtype=torch.float64, generator=generator, device="cpu")
         coefficients = normal.to(self._scales) * self._scales
         mixtures = (coefficients @ self._mixing.T) @ self._vectors
         return (mixtures / mixtures.norm(dim=1, keepdim=True)).to(torch.get_default_dtype())

@@ -132,11 +132,12 @@ def fit(
     """
     dims = observed.X.shape[1]
     size = dims + 1 + (observed.noises is None)
-    centre = torch.zeros(size, dtype=observed.X.dtype)
+    place = {"dtype": observed.X.dtype, "device": generator.device}
+    centre = torch.zeros(size, **place)
     centre[1 : dims + 1] = math.log(0.5) + 0.5 * math.log(dims)
     centre[dims + 1 :] = -4.0
-    noise = torch.randn(STARTS, size, dtype=observed.X.dtype, generator=generator)
-    starts = (centre + noise * torch.linspace(0, 1, STARTS, dtype=observed.X.dtype).unsqueeze(-1)).to(observed.X.device)
+    noise = torch.randn(STARTS, size, generator=generator, **place)
+    starts = (centre + noise * torch.linspace(0, 1, STARTS, **place).unsqueeze(-1)).to(observed.X.device)
     if start is not None:
         starts = torch.cat([starts[:-1], start.unsqueeze(0)])
 
@@ -148,7 +149,9 @@ def fit(
     mode = modes[values.argmax()]
     if method != "slice":
         return mode
-    chains = mode + 0.1 * torch.randn(DRAWS, size, dtype=mode.dtype, generator=generator).to(mode)
+    chains = mode + 0.1 * torch.randn(DRAWS, size, dtype=mode.dtype, generator=generator, device=generator.device).to(
+        mode
+    )
     return slice_sample(density, chains, _SWEEPS, generator)
 
 
@@ -216,7 +219,7 @@ def slice_sample(
     """
 
     def uniform() -> Tensor:
-        return torch.rand(len(start), dtype=start.dtype, generator=generator).to(start.device)
+        return torch.rand(len(start), dtype=start.dtype, generator=generator, device=generator.device).to(start.device)
 
     with torch.no_grad():
         state, value = start.clone(), density(start)

@@ -200,7 +200,8 @@ class GaussianProcess(RegressorMixin, BaseEstimator):
             seed: Draws.
         """
         mean, cov = self.posterior(X)
-        base = torch.randn(n, len(mean), dtype=mean.dtype, generator=generator(seed, "sample")).to(mean.device)
+        draws = generator(seed, "sample")
+        base = torch.randn(n, len(mean), dtype=mean.dtype, generator=draws, device=draws.device).to(mean.device)
         return mean + base @ root(cov).T
 
     def condition(self, x: Any, y: Any) -> GaussianProcess:

@@ -63,7 +63,8 @@ def _batches(problem: Problem, count: int, fixed_nodes: bool) -> Tensor:
     leaders = problem.evaluated[
         (means.mean(0) if means.ndim == 2 else means).topk(min(2, len(problem.evaluated))).indices
     ]
-    steps = torch.randn(count // 4, q, dims, dtype=spread.dtype, generator=problem.generator).to(spread)
+    draws = problem.generator
+    steps = torch.randn(count // 4, q, dims, dtype=spread.dtype, generator=draws, device=draws.device).to(spread)
     picks = torch.arange(len(steps) * q, device=spread.device).reshape(-1, q) % len(leaders)
     near = (leaders[picks] + 0.05 * steps).clamp(0, 1)
     batches = torch.cat([spread, near])

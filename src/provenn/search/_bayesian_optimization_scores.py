@@ -68,7 +68,7 @@ class Problem(NamedTuple):
 
     def sobol(self, count: int, dims: int) -> Tensor:
         """Return points of a Sobol sequence that this acquisition draws."""
-        seed = int(torch.randint(2**31, (), generator=self.generator))
+        seed = int(torch.randint(2**31, (), generator=self.generator, device=self.generator.device))
         engine = torch.quasirandom.SobolEngine(dims, scramble=True, seed=seed)
         return engine.draw(count, dtype=torch.float64).to(self.evaluated)
 

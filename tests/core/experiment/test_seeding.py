@@ -1,8 +1,10 @@
 """Seeds that derive from names: pinned, apart from one another, and without a trace in the global state."""
 
+import ast
 import enum
 import hashlib
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import provenn
+from provenn.catalog.card import AREAS
 from provenn.core.experiment.seeding import derive_seed, generator, seeded
 
 
@@ -120,6 +124,30 @@ class TestSeeded:
         with seeded("block"):
             pass
         assert waiting[-1] == 7
+
+
+DRAWS = {"rand", "randn", "randint", "randperm", "normal"}
+
+
+def draws_without_a_place(source):
+    """Return the lines of factories that draw from a generator, on whatever device is torch's default one."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    factories = [call for call in calls if ast.unparse(call.func) in {f"torch.{name}" for name in DRAWS}]
+    given = [(call.lineno, {keyword.arg for keyword in call.keywords}) for call in factories]
+    return [line for line, names in given if "generator" in names and not names & {"device", None}]
+
+
+def test_draws_without_a_place_are_found():
+    assert draws_without_a_place("torch.randn(3, generator=g)\ntorch.rand(\n    2, generator=g)") == [1, 2]
+    assert not draws_without_a_place("torch.randn(3, generator=g, device=g.device)\ntorch.rand(2, **p)\ntorch.rand(2)")
+
+
+@pytest.mark.parametrize("area", ["core", "data", *AREAS])
+def test_what_draws_from_a_generator_says_where(area):
+    """Else, after ``torch.set_default_device("cuda")``, torch refuses a generator on the CPU."""
+    root = Path(provenn.__file__).parent / area
+    found = {path.name: draws_without_a_place(path.read_text(encoding="utf-8")) for path in root.rglob("*.py")}
+    assert not {name: lines for name, lines in found.items() if lines}
 
 
 @pytest.mark.gpu

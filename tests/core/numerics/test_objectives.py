@@ -26,6 +26,12 @@ def points(objective: Objective, count: int, seed: int = 0) -> torch.Tensor:
     return low + (high - low) * draws
 
 
+def test_scaling_is_measured_whatever_the_default_device() -> None:
+    with torch.device("meta"):  # where what is made without a device would be, without values
+        found = hartmann(3)
+    assert (found.mean, found.deviation) == (MADE["Hartmann3"].mean, MADE["Hartmann3"].deviation)
+
+
 @EVERY
 def test_agrees_with_botorch(name: str, objective: Objective) -> None:
     functions = pytest.importorskip("botorch.test_functions")

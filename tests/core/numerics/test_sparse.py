@@ -26,6 +26,15 @@ def test_entries_in_any_order_make_the_matrix_and_come_back_by_row():
         assert torch.equal(found, expected)
 
 
+def test_a_matrix_is_where_its_entries_are():
+    dense = sparse_symmetric()
+    rows, columns = dense.nonzero().T
+    with torch.device("meta"):  # the default device, where what is made without one would be, without values
+        A = csr_from_entries(rows, columns, dense[rows, columns], 7)
+        check_symmetric("A", A)
+    assert torch.equal(A.to_dense(), dense)
+
+
 @pytest.mark.parametrize("layout", ["dense", "csr", "coo", "csc"])
 def test_any_layout_becomes_csr(layout):
     dense = sparse_symmetric()

@@ -41,8 +41,8 @@ class Objective:
     ) -> None:
         self.name = name
         self.published = published
-        self.bounds: Float[Tensor, "2 dimensions"] = torch.tensor([lower, upper], dtype=torch.float64)
-        self.optimum: Float[Tensor, "optima dimensions"] = torch.tensor(minimizers, dtype=torch.float64)
+        self.bounds: Float[Tensor, "2 dimensions"] = torch.tensor([lower, upper], dtype=torch.float64, device="cpu")
+        self.optimum: Float[Tensor, "optima dimensions"] = torch.tensor(minimizers, dtype=torch.float64, device="cpu")
         self.minimum = minimum
         cube = torch.quasirandom.SobolEngine(len(lower)).draw(_SPREAD_POINTS, dtype=torch.float64)
         values = published(self.bounds[0] + (self.bounds[1] - self.bounds[0]) * cube)

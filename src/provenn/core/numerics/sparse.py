@@ -29,7 +29,9 @@ def csr(
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse (CSR|invariant)")
-        return torch.sparse_csr_tensor(row_starts, columns, values, tuple(shape), check_invariants=False)
+        return torch.sparse_csr_tensor(
+            row_starts, columns, values, tuple(shape), device=values.device, check_invariants=False
+        )
 
 
 def csr_from_entries(rows: Tensor, columns: Tensor, values: Tensor, size: int) -> Tensor:
@@ -94,7 +96,7 @@ def check_symmetric(name: str, A: Tensor, seed: int = 0) -> None:
     Cost: two products with A.
     """
     draws = torch.Generator().manual_seed(seed)
-    u, v = torch.randn(2, A.shape[0], dtype=torch.float64, generator=draws).to(A.device, A.dtype)
+    u, v = torch.randn(2, A.shape[0], dtype=torch.float64, generator=draws, device="cpu").to(A.device, A.dtype)
     Au, Av = A @ u, A @ v
     apart = (u.dot(Av) - v.dot(Au)).abs().item()
     scale = (u.norm() * Av.norm() + v.norm() * Au.norm()).item()
