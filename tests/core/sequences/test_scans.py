@@ -178,6 +178,19 @@ def test_rounds_grow_as_the_root_or_the_logarithm_of_the_length_in_both_passes(m
         assert counts[1] <= growth * counts[0]
 
 
+@pytest.mark.parametrize(("tail", "wide"), [((4, 64), False), ((16, 256), True)])
+def test_chunks_are_for_narrow_steps(tail, wide):
+    """Chunks go through memory more often than a loop, which costs more than its calls where a step is wide."""
+    a, x = (randn(128, *tail, seed=seed) for seed in (1, 2))
+    counts = {}
+    for method in ("auto", "sequential", "chunked"):
+        with Calls() as calls:
+            linear_recurrence(a, x, dim=0, method=method)
+        counts[method] = calls.count
+    assert counts["chunked"] < counts["sequential"]
+    assert counts["auto"] == counts["sequential" if wide else "chunked"]
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 8, 31, 64])
 def test_the_scan_calls_combine_rarely(length):
     calls = []

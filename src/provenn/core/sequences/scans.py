@@ -22,6 +22,8 @@ Elements = tuple[Tensor, ...]
 _METHODS = ("auto", "sequential", "chunked", "associative")
 _LONG = 48
 """From about this length on, chunks beat the loop inside the function on the CPU that it was measured on."""
+_WIDE = 512
+"""And up to about so many numbers a step: beyond them calls cost little, and chunks go through memory more often."""
 
 
 def associative_scan(combine: Callable[[Elements, Elements], Elements], elements: Elements, dim: int = 0) -> Elements:
@@ -97,8 +99,8 @@ def linear_recurrence(
         inputs: x.
         initial: h_0; zero without it.
         dim: The axis of time.
-        method: ``"sequential"``, ``"chunked"``, ``"associative"``, or ``"auto"``: the first for short sequences, chunks
-            for long ones. All agree to rounding.
+        method: ``"sequential"``, ``"chunked"``, ``"associative"``, or ``"auto"``: the first for short sequences, and on
+            a CPU for wide steps, chunks for others. All agree to rounding.
 
     Shape:
         ``inputs`` (…, time, …); ``gates`` has as many dimensions and broadcasts against it, but for time, where both
@@ -185,7 +187,8 @@ def _solve(gates: Tensor, inputs: Tensor, initial: Tensor | None, method: str, m
             f"{tuple(initial.shape)}, and with time first {tuple(gates.shape)} and {tuple(inputs.shape)}"
         ) from None
     if method == "auto":
-        method = "sequential" if len(inputs) < _LONG else "chunked"
+        wide = inputs.device.type == "cpu" and max(gates.shape[1:].numel(), math.prod(shape)) > _WIDE
+        method = "sequential" if wide or len(inputs) < _LONG else "chunked"
     if len(inputs) == 0:
         return x
     solved: Tensor = _Recurrence.apply(gates.to(dtype), x, start, method, matrices)  # type: ignore[no-untyped-call]
