@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import fft, signal
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from provenn.contracts import BadInput, FunctionCase, ModuleCase, Symmetry
 from provenn.core.experiment.accounting import TensorMemory
@@ -479,6 +480,28 @@ def test_without_centre_nothing_is_cut():
     x = noise(1, 96)
     spectrum = audio.STFT(32, hop_length=8, window="hamming", center=False, **DOUBLE)(x)
     torch.testing.assert_close(audio.ISTFT(32, hop_length=8, window="hamming", center=False, **DOUBLE)(spectrum), x)
+
+
+class Angles(TorchDispatchMode):
+    """Notes whether the arguments of arc tangents are contiguous."""
+
+    def __init__(self):
+        super().__init__()
+        self.contiguous = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.atan2.default:
+            self.contiguous += [one.is_contiguous() for one in args]
+        return func(*args, **(kwargs or {}))
+
+
+def test_angles_are_taken_of_contiguous_parts():
+    """Parts of a complex tensor have strides, with which a CPU's arc tangent is not vectorised: 18 times as slow."""
+    for trainable in (False, True):
+        layer = audio.STFT(64, output_format="Phase", trainable=trainable)
+        with torch.no_grad(), Angles() as angles:
+            layer(torch.zeros(2, 256))
+        assert angles.contiguous == [True, True]
 
 
 def test_the_inverse_holds_the_frames_of_a_few_clips_at_a_time():

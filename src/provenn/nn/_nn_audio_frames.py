@@ -131,7 +131,8 @@ def formatted(real: Tensor, imaginary: Tensor, output_format: Output, trained: b
     if output_format == "Complex":
         return torch.stack((real, imaginary), -1)
     if output_format == "Phase":
-        return torch.atan2(imaginary + 0.0, real)  # + 0.0: no −0, whose angle would be −π
+        # + 0.0: no −0, whose angle would be −π. Contiguous: with strides a CPU takes its many times slower path.
+        return torch.atan2(imaginary + 0.0, real.contiguous())
     power = power_of(real, imaginary, trained)
     return (power if trained else power.clamp_min_(torch.finfo(power.dtype).tiny)).sqrt_()
 
