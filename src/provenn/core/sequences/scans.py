@@ -187,7 +187,9 @@ def _solve(gates: Tensor, inputs: Tensor, initial: Tensor | None, method: str, m
             f"{tuple(initial.shape)}, and with time first {tuple(gates.shape)} and {tuple(inputs.shape)}"
         ) from None
     if method == "auto":
-        wide = inputs.device.type == "cpu" and max(gates.shape[1:].numel(), math.prod(shape)) > _WIDE
+        # A traced program keeps one method for all batches, so that a width must not decide there.
+        looks = inputs.device.type == "cpu" and not torch.compiler.is_compiling()
+        wide = looks and max(gates.shape[1:].numel(), math.prod(shape)) > _WIDE
         method = "sequential" if wide or len(inputs) < _LONG else "chunked"
     if len(inputs) == 0:
         return x
