@@ -14,6 +14,7 @@ from scipy import integrate, linalg, signal
 from torch import nn
 
 from provenn.contracts import BadInput, Form, FunctionCase, ModuleCase
+from provenn.contracts.watch import plain_signatures
 from provenn.core.experiment.accounting import TensorMemory
 from provenn.core.experiment.seeding import generator, seeded
 from provenn.nn import (
@@ -782,3 +783,14 @@ def test_no_sequences_through_many_blocks():
     y, after = layer(torch.zeros(0, 100, 3, dtype=F64), torch.zeros(0, 3, 4, dtype=F64))
     assert y.shape == (0, 100, 3)
     assert after.shape == (0, 3, 4)
+
+
+def test_a_compiled_system_takes_one_length_after_another():
+    with seeded(0):
+        system = bank()
+    torch.compiler.reset()
+    with plain_signatures(), torch.no_grad():
+        compiled = torch.compile(system, backend="eager", fullgraph=True)
+        for batch, length in ((2, 9), (3, 5)):  # the second makes sizes symbols
+            u = normal(batch, length, 3)
+            torch.testing.assert_close(compiled(u), system(u), rtol=0, atol=1e-12)

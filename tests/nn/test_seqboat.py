@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from provenn.contracts import BadInput, Form, FunctionCase, ModuleCase
+from provenn.contracts.watch import plain_signatures
 from provenn.core.experiment.seeding import seeded
 from provenn.core.sequences.scans import linear_recurrence
 from provenn.nn import (
@@ -429,6 +430,16 @@ def test_the_average_by_its_definition(bidirectional):
             if bidirectional:
                 value = value + sum(tap(2 + channel, s - t) * x[0, s, channel] for s in range(t, 6))
             assert y[0, t, channel].item() == pytest.approx(value.item(), rel=1e-9, abs=1e-12)
+
+
+def test_a_compiled_average_takes_one_length_after_another():
+    average = double(MultiHeadEMA, dim=3)
+    torch.compiler.reset()
+    with plain_signatures(), torch.no_grad():
+        compiled = torch.compile(average, backend="eager", fullgraph=True)
+        for batch, length in ((2, 9), (3, 5)):  # the second makes sizes symbols
+            x = normal(batch, length, 3)
+            torch.testing.assert_close(compiled(x), average(x), rtol=0, atol=1e-12)
 
 
 def test_starts_of_the_average():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, cast, overload
 
 import torch
@@ -45,7 +46,8 @@ class LinearStateSpace(nn.Module):
     Cost: the kernel O(N³ log L + N²·√(L·M) + N·L·M) a feature, in float64 (in float32 the powers of HiPPO matrices lose
     digits), holding O(N·max(N, √(L·M)) + L·M) numbers a feature, never N·L; the convolution O(L log L) a sequence,
     feature and channel. What does not depend on C is kept from call to call while nothing of it is trained (all is
-    frozen, or gradients are off), for the last length and rate; compiled and exported code computes it in each call.
+    frozen, or gradients are off), for the last length and rate; compiled and exported code computes it in each call,
+    and is of one length: ``torch.compile`` traces each length anew.
     States are kept in float64, unless one of another type is passed in.
 
     Source: Gu et al., NeurIPS 2021, sections 2 and 3.
@@ -134,7 +136,7 @@ class LinearStateSpace(nn.Module):
             rate: Δ is multiplied by it: 2 for inputs sampled at half the rate.
         """
         self._check(u, state)
-        length = u.shape[1]
+        length = operator.index(u.shape[1])  # a number, as the products that make up the powers depend on it
         factors = self._factors(length, rate)
         C = self.C.double()
         wide = torch.promote_types(u.dtype, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 
@@ -52,6 +53,7 @@ class DiagonalSSM(nn.Module, ABC):
         Cost: O(D · N · L) products and O(D (N √L + L)) memory: q^l is a product of q^(l mod s) and q^(s ⌊l/s⌋), s = √L.
         """
         q, b, c = self.coefficients()
+        length = operator.index(length)  # a number, where a compiler has a symbol for it
         size = math.isqrt(length - 1) + 1
         steps = torch.arange(size, device=q.device)
         small = torch.pow(q[..., None], steps)
