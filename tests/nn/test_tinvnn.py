@@ -482,3 +482,14 @@ def test_moves_are_drawn_where_the_generator_is():
     expected = probe_invariance(nn.Flatten(), X, draws=2)
     with torch.device("meta"):  # the default device, where what is made without one would be, without values
         assert probe_invariance(nn.Flatten(), X, draws=2) == expected
+
+
+@pytest.mark.parametrize("method", ["gram", "covariance"])
+def test_autocast_does_not_narrow_the_coordinates(method):
+    X = some().float()
+    squares = torch.cdist(X.double(), X.double()).square().float()
+    mds = InvariantMDS(dim=X.shape[2], method=method)
+    expected, by_distances = mds(X), mds.from_distances(squares)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(mds(X), expected)
+        assert torch.equal(mds.from_distances(squares), by_distances)

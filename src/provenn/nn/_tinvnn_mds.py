@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_choice, check_integer, check_number
+from provenn.core.numerics.precision import full_precision
 
 Sign = Literal["moment", "random", "frame"]
 Method = Literal["auto", "gram", "covariance"]
@@ -93,7 +94,7 @@ class InvariantMDS(nn.Module):
             mask: Which of them are points; all without it.
         """
         _check(X, mask)
-        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()), full_precision(X.device):
             centred, counts = centre(X, mask)
             dim = self.dim or X.shape[2]
             if self.method == "gram" or (self.method == "auto" and X.shape[1] < X.shape[2]):
@@ -127,7 +128,7 @@ class InvariantMDS(nn.Module):
         if squares.shape[1] != squares.shape[2] or not finite or not torch.allclose(squares, squares.mT, rtol=1e-4):
             raise ValueError(f"squares must be square, symmetric and finite, got shape {tuple(squares.shape)}")
         ones = torch.ones(squares.shape[:2], dtype=torch.bool, device=squares.device) if mask is None else mask
-        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()), full_precision(squares.device):
             wide = squares.to(torch.promote_types(squares.dtype, torch.float32))
             weights = ones.to(wide)
             counts = weights.sum(1)
