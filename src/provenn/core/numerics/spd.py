@@ -69,12 +69,14 @@ class _SymmetricFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return _SymmetricAdjoint.apply(grad, *ctx.saved_tensors, ctx.divided_difference), None, None
+        by_A = _SymmetricAdjoint.apply(grad, *ctx.saved_tensors, ctx.divided_difference)  # type: ignore[no-untyped-call]
+        return by_A, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], A: Tensor, *functions: Any) -> tuple[Any, tuple[int, ...]]:
+    def vmap(info: Any, in_dims: tuple[int, ...], A: Tensor, *functions: Any) -> tuple[Any, tuple[int, ...]]:
         # Matrices come in batches anyway; outside the map their eigenvalues can be checked.
-        return _SymmetricFunction.apply(A.movedim(in_dims[0], 0), *functions), (0, 0, 0)
+        mapped = _SymmetricFunction.apply(A.movedim(in_dims[0], 0), *functions)  # type: ignore[no-untyped-call]
+        return mapped, (0, 0, 0)
 
 
 @no_type_check
@@ -235,7 +237,8 @@ class _Lyapunov(torch.autograd.Function):
             eigenvalues, U = torch.linalg.eigh(0.5 * (P + P.mT))
             _check_positive(eigenvalues)
             sums = eigenvalues[..., :, None] + eigenvalues[..., None, :]
-            return U @ (U.mT @ V @ U / sums) @ U.mT
+            L: Tensor = U @ (U.mT @ V @ U / sums) @ U.mT
+        return L
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -261,7 +264,8 @@ class _Lyapunov(torch.autograd.Function):
             one if dim is None else one[(slice(None), *(None,) * (deep - one.ndim + 1))]
             for one, dim in zip(moved, in_dims, strict=True)
         )
-        return _Lyapunov.apply(P, V), 0
+        L: Tensor = _Lyapunov.apply(P, V)  # type: ignore[no-untyped-call]
+        return L, 0
 
 
 def _check_positive(eigenvalues: Tensor) -> None:

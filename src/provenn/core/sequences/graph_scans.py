@@ -251,7 +251,9 @@ class _Acyclic(torch.autograd.Function):
             tensor.unsqueeze(1) if dim is None else tensor.movedim(dim, 1)
             for tensor, dim in zip((sources, weights), in_dims, strict=False)
         )
-        return _Acyclic.apply(one.expand(-1, info.batch_size, *one.shape[2:]), other, *rest), 1
+        one = one.expand(-1, info.batch_size, *one.shape[2:])
+        states: Tensor = _Acyclic.apply(one, other, *rest)  # type: ignore[no-untyped-call]
+        return states, 1
 
 
 def _generations(pairs: np.ndarray, states: int) -> np.ndarray:
