@@ -112,8 +112,8 @@ class _ScoreTrainer(ABC):
         def batches(epoch: int) -> Iterator[tuple[Tensor, ...]]:
             draws = generator_of(self.seed, "noise", epoch)
             for (x,) in minibatches((data,), self.batch_size, generator_of(self.seed, "order", epoch)):
-                place = {"generator": draws, "device": draws.device, "dtype": torch.float64}
-                shares, noise = torch.rand(len(x), **place), torch.randn(x.shape, **place)
+                shares = torch.rand(len(x), generator=draws, device=draws.device, dtype=torch.float64)
+                noise = torch.randn(x.shape, generator=draws, device=draws.device, dtype=torch.float64)
                 yield x, shares.to(weight), noise.to(weight)
 
         def update(batch: tuple[Tensor, ...]) -> Tensor:

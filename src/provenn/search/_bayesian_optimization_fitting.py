@@ -132,12 +132,13 @@ def fit(
     """
     dims = observed.X.shape[1]
     size = dims + 1 + (observed.noises is None)
-    place = {"dtype": observed.X.dtype, "device": generator.device}
-    centre = torch.zeros(size, **place)
+    dtype, device = observed.X.dtype, generator.device
+    centre = torch.zeros(size, dtype=dtype, device=device)
     centre[1 : dims + 1] = math.log(0.5) + 0.5 * math.log(dims)
     centre[dims + 1 :] = -4.0
-    noise = torch.randn(STARTS, size, generator=generator, **place)
-    starts = (centre + noise * torch.linspace(0, 1, STARTS, **place).unsqueeze(-1)).to(observed.X.device)
+    noise = torch.randn(STARTS, size, generator=generator, dtype=dtype, device=device)
+    spread = torch.linspace(0, 1, STARTS, dtype=dtype, device=device).unsqueeze(-1)
+    starts = (centre + noise * spread).to(observed.X.device)
     if start is not None:
         starts = torch.cat([starts[:-1], start.unsqueeze(0)])
 
