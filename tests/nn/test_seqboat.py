@@ -719,7 +719,7 @@ def test_starts_of_a_layer():
         assert weight.abs().max() <= 0.04
         assert 0.015 < weight.std() < 0.02
     assert not part.proj.bias.any()
-    assert part(torch.randn(2, 9, 64)).shape == (2, 9, 64)
+    assert part(normal(2, 99, 64).float()).shape == (2, 99, 64)
     assert 0 < part.last_activation < 1
 
 

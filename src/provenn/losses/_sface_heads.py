@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from provenn.core.experiment.checks import check_choice, check_integer, check_number
+from provenn.core.numerics.precision import full_precision
 
 
 class SphereHead(nn.Module, ABC):
@@ -73,7 +74,7 @@ class SphereHead(nn.Module, ABC):
             embeddings: As in :meth:`forward`.
         """
         dtype = torch.promote_types(embeddings.dtype, torch.float32)
-        with torch.autocast(embeddings.device.type, enabled=False):
+        with full_precision(embeddings.device):
             return F.normalize(embeddings.to(dtype)) @ F.normalize(self.weight.to(dtype)).T
 
     def logits(self, embeddings: Float[Tensor, "batch features"]) -> Float[Tensor, "batch classes"]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -50,9 +49,3 @@ def check_channels(name: str, matrices: Tensor, channels: int, n: int, dtype: to
         raise TypeError(f"{name} must be of the layer's {dtype}, got {found}")
     if matrices.dim() != 4 or tuple(matrices.shape[1:]) != (channels, n, n):
         raise ValueError(f"{name} must have the shape (N, {channels}, {n}, {n}), got {tuple(matrices.shape)}")
-
-
-def full_precision(tensor: Tensor) -> AbstractContextManager[object]:
-    """Return a context without autocast: eigendecompositions have no narrow types."""
-    device = tensor.device.type if torch.amp.is_autocast_available(tensor.device.type) else "cpu"
-    return torch.autocast(device, enabled=False)

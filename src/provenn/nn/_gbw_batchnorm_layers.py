@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_integer, check_number
+from provenn.core.numerics.precision import full_precision
 from provenn.core.numerics.spd import clamp_eigenvalues, spd_log
-from provenn.nn._gbw_batchnorm_checks import check_channels, check_spd, check_symmetric, full_precision
+from provenn.nn._gbw_batchnorm_checks import check_channels, check_spd, check_symmetric
 
 Batch = Float[Tensor, "batch channels n n"]
 
@@ -86,7 +87,7 @@ class BiMap(nn.Module):
         """
         check_channels("X", X, self.in_channels, self.in_size, self.weight.dtype)
         check_symmetric("X", X)
-        with full_precision(X):
+        with full_precision(X.device):
             return (self.weight @ X[:, None] @ self.weight.mT).sum(2)
 
     def extra_repr(self) -> str:
@@ -130,7 +131,7 @@ class ReEig(nn.Module):
             Matrices whose eigenvalues are at least ε.
         """
         check_symmetric("X", X)
-        with full_precision(X):
+        with full_precision(X.device):
             return clamp_eigenvalues(X, self.minimum)
 
     def extra_repr(self) -> str:
@@ -166,7 +167,7 @@ class LogEig(nn.Module):
             Symmetric matrices.
         """
         check_spd("X", X)
-        with full_precision(X):
+        with full_precision(X.device):
             return spd_log(X)
 
 

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_choice, check_integer, check_number
+from provenn.core.numerics.precision import full_precision
 from provenn.core.numerics.spd import spd_log, spd_power, symmetric_exp
-from provenn.nn._gbw_batchnorm_checks import check_channels, check_spd, full_precision
+from provenn.nn._gbw_batchnorm_checks import check_channels, check_spd
 from provenn.nn._gbw_batchnorm_geometry import check_theta
 from provenn.nn._gbw_batchnorm_means import affine_geodesic, bures_geodesic, bures_mean, bures_variance, karcher_mean
 from provenn.nn._gbw_batchnorm_spectral import (
@@ -73,7 +74,7 @@ class _RiemannianBatchNorm(nn.Module, ABC):
         check_spd("X", X)
         if self.training and X.shape[0] < 2:
             raise ValueError(f"X must hold at least two matrices a channel in training mode, got {X.shape[0]}")
-        with full_precision(X):
+        with full_precision(X.device):
             return symmetrized(self._normalized(X))
 
     @abstractmethod

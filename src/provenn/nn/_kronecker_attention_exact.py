@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from provenn.core.experiment.checks import check_integer, check_number
+from provenn.core.numerics.precision import autocast_dtype, full_precision
 from provenn.core.sequences.attention import wide
 from provenn.core.sequences.masks import Mask
 from provenn.core.sequences.streaming import BLOCK
@@ -61,8 +62,8 @@ def tensor_attention(
     Source: the paper's introduction, where it defines exact tensor attention and its order-k form.
     """
     ks, vs = as_list("ks", ks), as_list("vs", vs)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(q.device)
+    if dtype is not None:
         q, ks, vs = q.to(dtype), [k.to(dtype) for k in ks], [v.to(dtype) for v in vs]
     check_integer("block", block, at_least=1)
     check_factors(q, ks, vs, causal)
@@ -72,7 +73,7 @@ def tensor_attention(
     count = math.prod(lead)
     mask, mask_index = _flat_mask(mask, lead, queries, [k.shape[-2] for k in ks], q.device)
     operands = [one.to(wide(q.dtype)).reshape(count, *one.shape[-2:]) for one in (q, *ks, *vs)]
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         # Compilers get an operator that they do not look into: a loop over blocks would unroll.
         if torch.compiler.is_compiling():
             packed: Tensor = _forward_operator(mask, mask_index, float(scale), causal, block, operands)

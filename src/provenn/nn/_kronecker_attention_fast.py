@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from provenn.core.experiment.checks import check_number
+from provenn.core.numerics.precision import autocast_dtype, full_precision
 from provenn.core.sequences.attention import wide
 from provenn.core.sequences.streaming import BLOCK
 from provenn.nn._kronecker_attention_exact import as_list, check_factors
@@ -72,8 +73,8 @@ def tensor_attention_poly(
     Source: the paper's upper bound (the near-linear algorithm for bounded entries) and its proof.
     """
     ks, vs = as_list("ks", ks), as_list("vs", vs)
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(q.device)
+    if dtype is not None:
         q, ks, vs = q.to(dtype), [k.to(dtype) for k in ks], [v.to(dtype) for v in vs]
     check_factors(q, ks, vs, causal)
     if bound is None:
@@ -113,7 +114,7 @@ def attend_by_plan(q: Tensor, ks: Sequence[Tensor], vs: Sequence[Tensor], plan: 
     degree = report.degree
     if rounding_error(report.bound ** (len(ks) + 1), dtype) > report.entry_error:
         dtype = torch.float64
-    with torch.autocast(q.device.type, enabled=False):
+    with full_precision(q.device):
         features = monomials(q.to(dtype), degree) * q.new_tensor(plan.weights, dtype=dtype)
         keys = [monomials(k.to(dtype), degree) for k in ks]
         # A column of ones among the values turns the same sums into denominators.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, skip_init
 
 from provenn.core.experiment.checks import check_choice, check_integer
+from provenn.core.numerics.precision import full_precision
 
 Base = Literal["kaiming", "default", "keep"]
 BASES = ("kaiming", "default", "keep")
@@ -88,11 +89,7 @@ class QuadraticLayer(nn.Module, ABC):
         kept = self.b.weight.dtype
         wide = torch.promote_types(kept, torch.float32)
         # In float16 squares overflow from 256 on: squares, products and their sum are formed in float32.
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # not on "meta"
-            with torch.autocast(device, enabled=False):
-                power = self._power(x, wide)
-        else:
+        with full_precision(x.device):
             power = self._power(x, wide)
         if self.g is None:
             return (r + power).to(kept)

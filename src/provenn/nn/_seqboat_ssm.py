@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from provenn.core.experiment.checks import check_integer
+from provenn.core.numerics.precision import full_precision
 from provenn.core.sequences.attention import wide
 from provenn.core.sequences.fft_convolution import fft_convolution
 
@@ -58,7 +58,7 @@ class DiagonalSSM(nn.Module, ABC):
         steps = torch.arange(size, device=q.device)
         small = torch.pow(q[..., None], steps)
         large = torch.pow(q[..., None], size * steps[: -(-length // size)]) * (b * c)[..., None]
-        with _without_autocast(q.device):
+        with full_precision(q.device):
             taps = large.mT @ small
         return (taps.real if taps.is_complex() else taps).flatten(1)[:, :length]
 
@@ -225,10 +225,3 @@ def check_features(name: str, x: Tensor, dim: int, ndim: int) -> None:
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor.to(wide(tensor.dtype))
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Keep autocast from rounding a kernel to half precision: its slow decays would be lost."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)

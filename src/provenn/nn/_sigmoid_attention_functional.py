@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from provenn.core.experiment.checks import check_choice, check_number
-from provenn.core.sequences.attention import ScoreTerms, autocast_dtype, reference_attention, wide
+from provenn.core.numerics.precision import autocast_dtype, full_precision
+from provenn.core.sequences.attention import ScoreTerms, reference_attention, wide
 from provenn.core.sequences.masks import Mask, visible_keys
 from provenn.core.sequences.streaming import BLOCK, streaming_attention
 from provenn.nn._sigmoid_attention_backends import load_triton, why_not_triton
@@ -94,7 +95,7 @@ def attend(
     dtype = autocast_dtype(q.device)
     if dtype is not None:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-        with torch.autocast(q.device.type, enabled=False):
+        with full_precision(q.device):
             return attend(q, k, v, mask, bias, scale, backend, is_causal, alibi_slopes, dropout_p, need_weights)
     _check_operands(q, k, v, mask, alibi_slopes)
     terms = ScoreTerms(

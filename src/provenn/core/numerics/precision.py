@@ -1,4 +1,4 @@
-"""Arithmetic that autocast must not narrow: decompositions, and iterations that hold a bound to rounding."""
+"""Autocast, for functions of their own: what it would cast to, and arithmetic that it must not narrow."""
 
 from __future__ import annotations
 
@@ -21,3 +21,19 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Return the type that autocast casts to on a device; ``None`` where it is off or, as on ``meta``, unknown.
+
+    Args:
+        device: Of the operands.
+
+    Returns:
+        The type.
+
+    Cost: none.
+    """
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None

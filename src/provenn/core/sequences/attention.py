@@ -71,13 +71,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Return the type that autocast casts to on a device; ``None`` where it is off or, as on "meta", unknown."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    return None
-
-
 def distance(queries: int, keys: int, device: torch.device | None, dtype: torch.dtype) -> Float[Tensor, "queries keys"]:
     """Return |i − j| of every query's and key's position; the last query stands where the last key does."""
     rows = torch.arange(keys - queries, keys, device=device)
