@@ -288,6 +288,13 @@ class ConstantOnTheCPU(Wrapped):
         return y + torch.ones(WIDTH, dtype=y.dtype)
 
 
+class ReadsAndMakes(Wrapped):
+    """Reads a value, which the meta device has none of, before it makes something on the default device."""
+
+    def after(self, y):
+        return y + torch.ones(WIDTH, dtype=y.dtype) if y.sum().isfinite() else y
+
+
 class OutputOnTheCPU(Wrapped):
     def forward(self, x):
         return self.linear(x), torch.zeros(3)
@@ -366,7 +373,7 @@ BROKEN = {
         broken(Wrapped, lipschitz=lambda module, inputs: 0.999 * norm_of_weights(module, inputs)),
     ],
     "meta": [broken(ReadsItsWeights), broken(BuildsOnTheCPU)],
-    "device": [broken(ConstantOnTheCPU), broken(OutputOnTheCPU)],
+    "device": [broken(ConstantOnTheCPU), broken(OutputOnTheCPU), broken(ReadsAndMakes)],
 }
 
 

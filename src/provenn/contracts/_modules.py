@@ -151,11 +151,25 @@ def check_inputs_untouched(case: ModuleCase | LossCase) -> None:
     expect(flags == {name: p.requires_grad for name, p in module.named_parameters()}, "a requires_grad flag changed")
 
 
+def _expect_no_default_device(module: nn.Module, inputs: Inputs, expected: Any) -> None:
+    # What is made without a device goes to the meta device here, where it has no values to compute with.
+    with torch.device("meta"):
+        try:
+            output = call(module, inputs)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            raise ContractError(f"something is made on torch's default device, not the inputs': {error}") from error
+    away = [t for t in tensors_in(output) if t.is_meta]
+    expect(not away, "an output is made on torch's default device, not the inputs'")
+    difference = error_between(output, expected)
+    expect(difference < 1e-8, f"with another default device the output is off by {difference:.3g}")
+
+
 def check_device(case: ModuleCase | LossCase) -> None:
-    """It runs on the device of its inputs: on a GPU, or on torch's meta device where there is none."""
+    """It runs on the device of its inputs, not the default one: on a GPU, or on torch's meta device without one."""
     device = "cuda" if torch.cuda.is_available() else "meta"
     module, inputs = build(case), inputs_of(case)
     expected = call(module, inputs)
+    _expect_no_default_device(module, inputs, expected)
     moved = tuple(mapped(with_gradients(inputs), lambda t: t.detach().to(device).requires_grad_(t.requires_grad)))
     try:
         output = call(module.to(device), moved)

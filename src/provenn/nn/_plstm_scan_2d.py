@@ -272,8 +272,9 @@ def _between_blocks(block: Block, q: Tensor, k: Tensor, v: Tensor, outputs: int)
         down = block.dl[:, x, y] @ from_left + block.du[:, x, y] @ from_up + to_down[:, x, y]
         left, up = left.index_copy(1, y, right), up.index_copy(1, x, down)
     # Blocks came in the order of their diagonals.
-    xs = torch.cat([torch.arange(max(0, d - high + 1), min(wide, d + 1)) for d in range(wide + high - 1)])
-    ds = torch.cat([torch.full((len(one[0][0]),), d) for d, one in enumerate(entered)])
+    ranges = [(max(0, d - high + 1), min(wide, d + 1)) for d in range(wide + high - 1)]
+    xs = torch.cat([torch.arange(first, last, device="cpu") for first, last in ranges])
+    ds = torch.cat([torch.full((last - first,), d, device="cpu") for d, (first, last) in enumerate(ranges)])
     place = torch.argsort(xs * high + (ds - xs)).to(q.device)
     lefts, ups = (torch.cat(one, 1)[:, place].unflatten(1, (wide, high)) for one in zip(*entered, strict=True))
     return read(block.yl, q, lefts, outputs) + read(block.yu, q, ups, outputs)
