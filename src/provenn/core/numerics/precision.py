@@ -18,9 +18,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
     Cost: none.
     """
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -69,8 +69,9 @@ class _SymmetricFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        by_A = _SymmetricAdjoint.apply(grad, *ctx.saved_tensors, ctx.divided_difference)  # type: ignore[no-untyped-call]
-        return by_A, None, None
+        # Where nothing can be differentiated again, there is no need of a function that refuses it.
+        adjoint = _SymmetricAdjoint.apply if torch.is_grad_enabled() else _SymmetricAdjoint.forward
+        return adjoint(grad, *ctx.saved_tensors, ctx.divided_difference), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int, ...], A: Tensor, *functions: Any) -> tuple[Any, tuple[int, ...]]:
