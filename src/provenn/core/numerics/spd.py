@@ -70,7 +70,7 @@ class _SymmetricFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         # Where nothing can be differentiated again, there is no need of a function that refuses it.
-        adjoint = _SymmetricAdjoint.apply if torch.is_grad_enabled() else _SymmetricAdjoint.forward
+        adjoint: Any = _SymmetricAdjoint.apply if torch.is_grad_enabled() else _SymmetricAdjoint.forward
         return adjoint(grad, *ctx.saved_tensors, ctx.divided_difference), None, None
 
     @staticmethod
