@@ -145,6 +145,29 @@ def test_per_sample_gradients_and_jacobians_under_torch_func(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mapped", [(0, None, None), (None, 1, None), (None, None, 0), (2, 0, None), (0, None, 1)])
+def test_mapping_over_some_of_the_operands(mapped, method):
+    sizes = ((6, 1), (6, 2), (2,))
+    operands = [randn(*size, seed=seed) for seed, size in enumerate(sizes, 1)]
+    operands = [
+        one if dim is None else torch.stack([one, 2 * one, -one], dim)
+        for one, dim in zip(operands, mapped, strict=True)
+    ]
+
+    def energy(a, x, start):
+        return (linear_recurrence(a, x, start, dim=0, method=method) ** 2).sum()
+
+    solve = torch.func.grad_and_value(energy, argnums=(0, 1, 2))
+    found = torch.func.vmap(solve, mapped)(*operands)
+    for place in range(3):
+        chosen = [one if dim is None else one.select(dim, place) for one, dim in zip(operands, mapped, strict=True)]
+        gradients, value = solve(*chosen)
+        torch.testing.assert_close(value, (loop(*(one[None] for one in chosen)) ** 2).sum())
+        torch.testing.assert_close([one[place] for one in found[0]], list(gradients))
+        torch.testing.assert_close(found[1][place], value)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_many_starts_of_one_sequence_of_matrices(method):
     a, x, starts = randn(5, 3, 3, seed=1), randn(5, 3, 2, seed=2), randn(4, 3, 2, seed=3)
     apart = torch.stack([matrix_recurrence(a, x, start, method=method) for start in starts])

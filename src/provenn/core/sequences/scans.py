@@ -201,8 +201,6 @@ def _solve(gates: Tensor, inputs: Tensor, initial: Tensor | None, method: str, m
 class _Recurrence(torch.autograd.Function):
     """The recurrence with time first; its derivative is the same recurrence on the adjoint gates, backwards."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(gates: Tensor, inputs: Tensor, initial: Tensor, method: str, matrices: bool) -> Tensor:
         if method == "sequential":
@@ -227,13 +225,25 @@ class _Recurrence(torch.autograd.Function):
         first = adjoint[0] @ costate[0] if ctx.matrices else adjoint[0] * costate[0]
         return grad_gates.sum_to_size(gates.shape), costate, first, None, None
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+        (gates, inputs, initial), options = arguments[:3], arguments[3:]
+        # What is mapped comes behind time, and where a step has fewer dimensions than another's, ones behind that.
+        gates, inputs, initial = (
+            one.unsqueeze(place) if dim is None else one.movedim(dim, place)
+            for one, dim, place in zip((gates, inputs, initial), in_dims, (1, 1, 0), strict=False)
+        )
+        gates = gates[(slice(None), slice(None), *(None,) * (inputs.ndim - gates.ndim))]
+        sizes = (info.batch_size, *inputs.shape[2:])
+        solved: Tensor = _Recurrence.apply(gates, inputs.expand(-1, *sizes), initial.expand(sizes), *options)  # type: ignore[no-untyped-call]
+        return solved, 1
+
 
 def _sequential(gates: Tensor, inputs: Tensor, state: Tensor, matrices: bool) -> Tensor:
-    steps = []
-    for a, x in zip(gates.unbind(0), inputs.unbind(0), strict=True):
-        state = a @ state + x if matrices else torch.addcmul(x, a, state)
-        steps.append(state)
-    return torch.stack(steps)
+    states = inputs.clone()
+    for a, step in zip(gates.unbind(0), states.unbind(0), strict=True):
+        state = step.add_(a @ state) if matrices else step.addcmul_(a, state)
+    return states
 
 
 def _chunked(gates: Tensor, inputs: Tensor, initial: Tensor, matrices: bool) -> Tensor:
