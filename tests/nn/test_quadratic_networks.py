@@ -611,7 +611,7 @@ def test_rates_above_the_linear_one_are_warned_of(rates):
 
 @pytest.mark.filterwarnings("error")
 def test_equal_rates_are_not_warned_of():
-    relinear_param_groups(small_model(), 0.1, 0.1, 0.1)
+    assert {group["lr"] for group in relinear_param_groups(small_model(), 0.1, 0.1, 0.1)} == {0.1}
 
 
 @pytest.mark.parametrize("decay_to_linear", [False, True])
